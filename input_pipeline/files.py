@@ -1,9 +1,14 @@
 """Files that are either whole or not there."""
 
+import hashlib
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
@@ -18,6 +23,19 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def save_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
+    """uint8 [H, W, 3] as PNG or JPEG, by the suffix."""
+    format = Image.registered_extensions()[Path(path).suffix]
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format, **({"quality": 88, "subsampling": 0} if format == "JPEG" else {}))
+    write_atomically(path, buffer.getvalue())
+
+
+def sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | os.PathLike, document: Any) -> None:
