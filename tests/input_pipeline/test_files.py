@@ -11,10 +11,12 @@ def picture() -> np.ndarray:
 
 def test_a_picture_is_written_in_the_format_of_its_name(tmp_path):
     files.save_picture(tmp_path / "a.png", picture())
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture())
+    with Image.open(tmp_path / "a.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), picture())
     files.save_picture(tmp_path / "a.jpg", np.full((8, 8, 3), (200, 30, 90), np.uint8))
-    assert Image.open(tmp_path / "a.jpg").format == "JPEG"
-    assert np.abs(np.asarray(Image.open(tmp_path / "a.jpg"))[4, 4].astype(int) - (200, 30, 90)).max() < 8
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "JPEG"
+        assert np.abs(np.asarray(image)[4, 4].astype(int) - (200, 30, 90)).max() < 8
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
