@@ -144,6 +144,21 @@ def check_splits(splits: Any, cases: Iterable[str]) -> Splits:
     return {name: sorted(members) for name, members in splits.items()}
 
 
+def choose_splits(
+    splits: Mapping[str, Sequence[str]] | Mapping[str, float] | None,
+    cases: Sequence[str],
+    labels: Sequence[int | str],
+    seed: int = 0,
+) -> Mapping[str, Sequence[str]] | None:
+    """Case lists as they are; shares of the cases as drawn by `split_cases`; None stays None."""
+    shares = {name: float(share) for name, share in (splits or {}).items() if isinstance(share, int | float)}
+    if not shares:
+        return splits  # type: ignore[return-value]
+    if len(shares) != len(splits or {}):
+        raise TileSetError(f"splits are all case lists or all shares, not both: {splits}")
+    return split_cases(cases, labels, shares, seed)
+
+
 def split_cases(
     cases: Sequence[str], labels: Sequence[int | str], fractions: Mapping[str, float], seed: int = 0
 ) -> Splits:

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline import manifest, tfrecord
-from input_pipeline.manifest import split_cases
+from input_pipeline.manifest import choose_splits
 from input_pipeline.mapped import MappedError, open_columns
 from input_pipeline.tileset_finish import column_types, finish
 from input_pipeline.tileset_spec import Partner, Record, Spec, TileSetError, decode_payload
 from input_pipeline.tileset_write import INDEX, remove_slide, write_slide, written_slides
 
-__all__ = ["Example", "Partner", "Record", "Spec", "TileSet", "TileSetError", "finish", "remove_slide", "split_cases"]
-__all__ += ["write_slide", "written_slides"]
+__all__ = ["Example", "Partner", "Record", "Spec", "TileSet", "TileSetError", "finish", "remove_slide"]
+__all__ += ["choose_splits", "write_slide", "written_slides"]
 
 MAX_OPEN_FILES = 64
 

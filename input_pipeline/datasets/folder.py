@@ -28,9 +28,9 @@ from input_pipeline.tileset import (
     Record,
     Spec,
     TileSetError,
+    choose_splits,
     finish,
     remove_slide,
-    split_cases,
     write_slide,
     written_slides,
 )
@@ -67,8 +67,7 @@ def import_folder(
     edges: str = "pad",
     he_encoding: str = "jpeg",
     jpeg_quality: int = 95,
-    splits: Mapping[str, Sequence[str]] | None = None,
-    fractions: Mapping[str, float] | None = None,
+    splits: Mapping[str, Sequence[str]] | Mapping[str, float] | None = None,
     seed: int = 0,
     workers: int | None = None,
     progress: bool = False,
@@ -77,8 +76,8 @@ def import_folder(
 
     `partners` maps a column of the CSV to what is stored of it. `mpp` None is that of the fields, if they share one.
     `edges`: 'pad' covers the field and reaches over it, 'shift' moves the last tile inwards, 'drop' keeps whole tiles
-    alone; columns inside_x and inside_y say how many px of a tile lie in the field. Splits come from `splits`, from
-    `fractions` ({'train': .8, ...}: by case, stratified by label), or from the column split.
+    alone; columns inside_x and inside_y say how many px of a tile lie in the field. Splits are
+    case lists or shares ({'train': .8, ...}: drawn by case, stratified by label); None takes the column split.
 
     A field that fails does not stop the others; the error at the end names each, and a rerun does only what is missing.
     """
@@ -98,7 +97,7 @@ def import_folder(
     plan = _Plan(spec, table.parent, he, step or size, edges, numbers, texts)
     columns = dict(zip(partners, stored, strict=True))
     _write_all(plan, out, rows, columns, workers, progress)
-    return finish(out, spec, splits if splits is not None else _splits(rows, fractions, seed))
+    return finish(out, spec, _splits(rows, splits, seed))
 
 
 def read_table(path: Path, required: set[str]) -> list[Row]:
@@ -128,6 +127,14 @@ def read_table(path: Path, required: set[str]) -> list[Row]:
             raise TileSetError(f"{path}: rows {seen[row['slide_id']]} and {line} have slide_id {row['slide_id']!r}")
         seen[row["slide_id"]] = line
     return rows
+
+
+def sample_of(table: str | os.PathLike, column: str) -> Path:
+    """The first file that a column names, from which the others can be told."""
+    for row in read_table(Path(table), {column}):
+        if row[column]:
+            return Path(table).parent / row[column]
+    raise TileSetError(f"{table}: column {column!r} names no file")
 
 
 def _natural(text: str) -> tuple[float, str]:
@@ -179,9 +186,9 @@ def _extra_columns(rows: list[Row], used: set[str]) -> tuple[tuple[str, ...], tu
     return tuple(numbers), tuple(texts)
 
 
-def _splits(rows: list[Row], fractions: Mapping[str, float] | None, seed: int) -> Mapping[str, Sequence[str]] | None:
-    if fractions:
-        return split_cases([r["case_id"] for r in rows], [r.get("label", "") for r in rows], fractions, seed)
+def _splits(rows: list[Row], splits: Mapping[str, Any] | None, seed: int) -> Mapping[str, Sequence[str]] | None:
+    if splits:
+        return choose_splits(splits, [r["case_id"] for r in rows], [r.get("label", "") for r in rows], seed)
     if not any(row.get("split") for row in rows):
         return None
     pairs = dict.fromkeys((row["split"], row["case_id"]) for row in rows if row["split"])

@@ -73,7 +73,7 @@ def test_every_pixel_of_every_field_is_in_the_tiles(cohort, edges):
 
 def test_columns_classes_and_facts(cohort):
     folder, path, _ = cohort
-    document = import_folder(path, folder / "set", partners=NUCLEI, size=32, fractions={"train": 2 / 3, "test": 1 / 3})
+    document = import_folder(path, folder / "set", partners=NUCLEI, size=32, splits={"train": 2 / 3, "test": 1 / 3})
     tiles = TileSet.open(folder / "set")
     assert tiles.spec.label_names == ("x", "y")
     assert tiles.spec.mpp == 0.5
@@ -235,7 +235,7 @@ def test_positions():
 def test_monuseg_comes_back_nucleus_by_nucleus(real_data, tmp_path):
     path = real_data("monuseg/manifest.csv")
     fractions = {"train": 0.6, "val": 0.2, "test": 0.2}
-    document = import_folder(path, tmp_path, name="monuseg", partners=NUCLEI, size=256, fractions=fractions)
+    document = import_folder(path, tmp_path, name="monuseg", partners=NUCLEI, size=256, splits=fractions)
     tiles = TileSet.open(tmp_path)
     assert len(tiles.cases) == 30
     assert len(tiles) == 30 * 16
