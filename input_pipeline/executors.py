@@ -1,0 +1,138 @@
+"""Do numbered pieces of work in parallel and ahead of the consumer, and say in order which are done.
+
+Two executors do the same thing: tf.data, and Python threads for hosts without tensorflow. Both are generators: closing
+one stops its workers and waits for what they have in hand.
+"""
+
+import contextlib
+import os
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from importlib import util
+from queue import SimpleQueue
+
+Work = Callable[[int], None]
+Done = Generator[int, None, None]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose(executor: str) -> str:
+    if executor not in ("auto", "tfdata", "threads"):
+        raise ValueError(f"executor is 'auto', 'tfdata' or 'threads', not {executor!r}")
+    found = util.find_spec("tensorflow") is not None
+    if executor == "tfdata" and not found:
+        raise ValueError("executor 'tfdata' needs tensorflow: pip install tensorflow-cpu, or use executor='threads'")
+    return ("tfdata" if found else "threads") if executor == "auto" else executor
+
+
+def threads(work: Work, first: int, stop: int, *, workers: int, ahead: int) -> Done:
+    """Daemon threads, not a ThreadPoolExecutor: at exit the interpreter waits for that before a watchdog can look."""
+    tasks: SimpleQueue = SimpleQueue()
+    crew = [threading.Thread(target=_crew, args=(work, tasks), name="mfl-stream", daemon=True) for _ in range(workers)]
+    pending: deque[Future] = deque()
+    try:
+        for thread in crew:
+            thread.start()
+        submitted = first
+        for number in range(first, stop):
+            while submitted < stop and submitted - number < workers + ahead:
+                pending.append(Future())
+                tasks.put((pending[-1], submitted))
+                submitted += 1
+            pending.popleft().result()
+            yield number
+    finally:
+        for future in pending:
+            future.cancel()
+        for _ in crew:
+            tasks.put(None)
+        for thread in crew:
+            if thread.ident is not None:
+                thread.join()
+
+
+def _crew(work: Work, tasks: SimpleQueue) -> None:
+    while (task := tasks.get()) is not None:
+        future, number = task
+        if future.set_running_or_notify_cancel():
+            try:
+                work(number)
+                future.set_result(None)
+            except BaseException as error:
+                future.set_exception(error)
+        del task, future
+
+
+def tf_dataset(work: Work, first: int, stop: int, *, workers: int, ahead: int):
+    """The tf.data graph: a range and one Python function, in order; nothing random and nothing stateful."""
+    import tensorflow as tf
+
+    def done(number):
+        work(int(number))
+        return number
+
+    def call(number):
+        return tf.ensure_shape(tf.numpy_function(done, [number], tf.int64, stateful=False), [])
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.deterministic = True
+    options.threading.private_threadpool_size = workers
+    data = tf.data.Dataset.range(first, stop).map(call, num_parallel_calls=workers, deterministic=True)
+    return (data.prefetch(ahead) if ahead else data).with_options(options)
+
+
+def tfdata(work: Work, first: int, stop: int, *, workers: int, ahead: int) -> Done:
+    """Imports tensorflow here and now, not in the first batch, where it would count as a stall."""
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # already initialised: then it is the user's own choice
+        tf.config.set_visible_devices([], "GPU")
+    failures: dict[int, Exception] = {}
+    closed = threading.Event()
+
+    def guarded(number: int) -> None:
+        if closed.is_set():
+            return
+        try:
+            work(number)
+        except Exception as error:
+            failures[number] = error
+            raise
+
+    return _drain(tf_dataset(guarded, first, stop, workers=workers, ahead=ahead), first, failures, closed)
+
+
+def _drain(dataset, first: int, failures: dict[int, Exception], closed: threading.Event) -> Done:
+    """Must be closed before the interpreter ends: a call into Python that is still wanted then would wait for ever."""
+    from tensorflow import errors
+
+    iterator = dataset.as_numpy_iterator()
+    number = first
+    try:
+        for done in iterator:
+            assert int(done) == number
+            yield number
+            number += 1
+    except errors.OpError as error:
+        _forget(error)
+        raise failures.get(number, error) from None
+    except BaseException as error:
+        _forget(error)
+        raise
+    finally:
+        closed.set()
+        del iterator  # waits for the calls in hand
+
+
+def _forget(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold: an iterator that outlives us hangs the interpreter when it ends."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

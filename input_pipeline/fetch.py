@@ -1,0 +1,153 @@
+"""Chunk number -> rows of a batch: the one function that every executor runs, pure but for where it writes.
+
+Chunks are written straight into the arrays of their batch: each further copy costs several percent of the rate.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from input_pipeline import order
+from input_pipeline.neighbours import Neighbours
+from input_pipeline.tileset import TileSet, TileSetError
+from input_pipeline.tileset_spec import Spec, decode_payload
+
+ATTEMPTS = 16  # replacements tried for one bad tile
+BAD = "_bad"  # [rows, 2]: ids of the bad tile and the bad near tile of each row, -1 where all is well
+_CODES = {
+    "id": np.dtype(np.int64),
+    "label": np.dtype(np.int32),
+    "slide": np.dtype(np.int32),
+    "case": np.dtype(np.int32),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides the contents of a stream, and nothing that may differ between two runs of it."""
+
+    tileset: TileSet
+    selection: order.Selection
+    index: Callable[[np.ndarray], np.ndarray]  # positions -> indices of the selection
+    seed: int
+    batch: int  # global
+    rows: int  # of this host
+    host: int
+    chunk: int  # rows fetched at a time; divides `rows`
+    spec: Spec  # with the partners that are wanted
+    columns: tuple[str, ...] = ()
+    near: Neighbours | None = None
+    require: tuple[str, ...] = ()
+    on_bad: str = "raise"
+    stop: int | None = None  # the first position that does not exist; None for an endless stream
+    reasons: dict[int, str] = field(default_factory=dict)  # what was wrong with bad tiles, for messages alone
+
+    @property
+    def chunks(self) -> int:
+        return self.rows // self.chunk
+
+
+def new_batch(plan: Plan) -> dict[str, np.ndarray]:
+    """The arrays of one batch of this host, to be written by `fetch`."""
+    n, spec = plan.rows, plan.spec
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"he": ((spec.size, spec.size, 3), np.uint8)}
+    for partner in spec.partners:
+        shapes |= {partner.name: (spec.shape(partner), partner.dtype), f"{partner.name}_mask": ((), np.bool_)}
+    if plan.near:
+        shapes |= {"near_he": shapes["he"], "near_id": ((), np.int64), "near_mask": ((), np.bool_)}
+    shapes |= {name: ((), dtype) for name, dtype in _CODES.items()}
+    shapes |= {name: ((), plan.tileset.tiles[name].dtype) for name in plan.columns}
+    shapes |= {"mask": ((), np.bool_), BAD: ((2,), np.int64)}
+    return {name: np.empty((n, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def fetch(plan: Plan, number: int, batch: dict[str, np.ndarray]) -> None:
+    """Write chunk `number` of this host. Batch t is positions t*batch..(t+1)*batch-1, and hosts hold slices of it."""
+    step, part = divmod(number, plan.chunks)
+    out = {name: array[part * plan.chunk : (part + 1) * plan.chunk] for name, array in batch.items()}
+    position = step * plan.batch + plan.host * plan.rows + part * plan.chunk + np.arange(plan.chunk)
+    if plan.stop is not None:
+        position = position[position < plan.stop]
+    for name in out:
+        if out[name].ndim == 1:
+            out[name][:] = -1 if name in (*_CODES, "near_id") else 0
+    out[BAD][:] = -1
+    ids = plan.selection.ids(plan.index(position))
+    for row in range(plan.chunk):
+        if row < len(ids):
+            ids[row] = _fill(plan, out, row, int(ids[row]), int(position[row]))
+        else:
+            _write(plan, out, row, {})
+    here = np.flatnonzero(ids >= 0)
+    out["mask"][here] = True
+    out["id"][here] = ids[here]
+    for name in ("label", "slide", "case", *plan.columns):
+        out[name][here] = plan.tileset.tiles[name][ids[here]]
+    if plan.near:
+        _fill_near(plan, out, here, position[here])
+
+
+def _write(plan: Plan, out: dict[str, np.ndarray], row: int, images: Mapping[str, np.ndarray | None]) -> None:
+    for name in ("he", *(p.name for p in plan.spec.partners)):
+        image = images.get(name)
+        out[name][row] = 0 if image is None else image
+        if name != "he":
+            out[f"{name}_mask"][row] = image is not None
+
+
+def _fill(plan: Plan, out: dict[str, np.ndarray], row: int, tile: int, position: int) -> int:
+    """The tile, or by the policy another one or none (-1); returns the id of what stands in the row."""
+    wanted = tile
+    for attempt in range(ATTEMPTS):
+        try:
+            images = _decode(plan, wanted, plan.spec)
+        except TileSetError as error:
+            if plan.on_bad == "raise":
+                raise
+            plan.reasons[wanted] = str(error)
+            out[BAD][row, 0] = tile
+            if plan.on_bad == "mask":
+                _write(plan, out, row, {})
+                return -1
+            draw = order.hash64(plan.seed, 7, position, attempt)
+            wanted = int(plan.selection.ids(order.below(draw, len(plan.selection))))
+            continue
+        _write(plan, out, row, images)
+        return wanted
+    raise TileSetError(f"tile {tile} and {ATTEMPTS - 1} replacements in a row are bad: {plan.reasons[wanted]}", id=tile)
+
+
+def _fill_near(plan: Plan, out: dict[str, np.ndarray], rows: np.ndarray, position: np.ndarray) -> None:
+    """Near tiles; one that is bad counts as one that is not there."""
+    assert plan.near is not None
+    tiles = out["id"][rows]
+    near, found = plan.near.draw(tiles, order.hash64(plan.seed, 8, position))
+    he_only = replace(plan.spec, partners=())
+    for row, tile, other, there in zip(rows, tiles.tolist(), near.tolist(), found, strict=True):
+        image = out["he"][row]
+        if there:
+            try:
+                image = _decode(plan, other, he_only)["he"]
+            except TileSetError as error:
+                if plan.on_bad == "raise":
+                    raise
+                plan.reasons[other] = str(error)
+                out[BAD][row, 1] = other
+                other, there = tile, False
+        out["near_he"][row], out["near_id"][row], out["near_mask"][row] = image, other, there
+
+
+def _decode(plan: Plan, tile: int, spec: Spec) -> dict[str, np.ndarray | None]:
+    (example,) = plan.tileset.read([tile])
+    bad = partial(TileSetError, id=tile, slide=example.slide, file=example.file, offset=example.offset)
+    place = f"{example.file}, offset {example.offset}, tile {tile}, slide {example.slide!r}"
+    try:
+        images = decode_payload(spec, example.payload)
+    except TileSetError as error:
+        raise bad(f"{place}: {error}") from error
+    if missing := [p for p in plan.require if p in images and images[p] is None]:
+        raise bad(f"{place}: it has no {', '.join(missing)}, which the stream requires")
+    return images
