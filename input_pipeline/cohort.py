@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from input_pipeline.tileset_spec import check_name, check_text_id
+from input_pipeline.tileset.spec import check_name, check_text_id
 
 KINDS = ("image", "map", "vector")
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".qptiff", ".dcm", ".bif", ".png", ".jpg", ".jpeg"}

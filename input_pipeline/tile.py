@@ -27,10 +27,10 @@ import numpy as np
 from input_pipeline import annotations, cohort, pool
 from input_pipeline.files import save_picture, write_atomically, write_json
 from input_pipeline.ledger import Ledger, Stopwatch
-from input_pipeline.mapped import write_columns
 from input_pipeline.slides import grid, qc, register, register_picture, tissue
 from input_pipeline.slides.reader import Slide, open_slide
 from input_pipeline.slides.transform import Transform
+from input_pipeline.tileset.mapped import write_columns
 
 VERSION = 1
 THUMBNAIL_PX = 4096  # the mask is made at MASK_UM, or coarser where the slide would then be larger than this

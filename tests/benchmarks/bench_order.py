@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from input_pipeline import order
-from input_pipeline.mapped import open_columns, write_columns
+from input_pipeline.tileset.mapped import open_columns, write_columns
 
 SLIDES, BATCH, STEP = 10_000, 1024, 10**6
 

@@ -17,10 +17,9 @@ import imagecodecs
 import numpy as np
 from scipy import ndimage
 
-from input_pipeline import tfrecord
-from input_pipeline.executors import cores
 from input_pipeline.stream import train_stream
-from input_pipeline.tileset import Partner, Record, Spec, TileSet, finish, write_slide
+from input_pipeline.stream.executors import cores
+from input_pipeline.tileset import Partner, Record, Spec, TileSet, finish, tfrecord, write_slide
 
 SIZE, BATCH, SLIDES = 224, 128, 8
 

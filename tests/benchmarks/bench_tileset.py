@@ -19,9 +19,8 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 
-from input_pipeline import manifest, tfrecord
-from input_pipeline.mapped import write_columns
-from input_pipeline.tileset import Partner, Record, Spec, TileSet, finish, write_slide
+from input_pipeline.tileset import Partner, Record, Spec, TileSet, finish, manifest, tfrecord, write_slide
+from input_pipeline.tileset.mapped import write_columns
 
 SIZE = 256
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cohort_samples import edit_rows
 
 from input_pipeline import cohort, pack, tile
 from input_pipeline.slides.reader import open_slide
@@ -12,6 +11,7 @@ from input_pipeline.slides.transform import Transform
 from input_pipeline.slides.warp import sample_partner
 from input_pipeline.tileset import TileSet
 from mfl_jax import cli
+from tests.input_pipeline.cohort_samples import edit_rows
 
 SPLITS = {"train": ["case0000"], "test": ["case0001"]}
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cohort_samples import edit_rows
 from PIL import Image
 
 from input_pipeline import cohort, tile
 from input_pipeline.slides.transform import Transform
 from mfl_jax import cli
+from tests.input_pipeline.cohort_samples import edit_rows
 
 PARAMS = tile.Params(size=128, mpp=0.5)
 
@@ -54,7 +54,8 @@ def test_a_cohort_becomes_tiles_pictures_registrations_and_a_table(drawn, tmp_pa
             found = Transform.load(folder / f"{partner}.transform.json")
             truth = Transform.load(drawn.parent / partner / f"{row.slide_id}_{partner}.truth.json")
             assert np.median(np.linalg.norm(found(cells) - truth(cells), axis=1)) < 2.0
-        assert max(Image.open(folder / "qc.jpg").size) >= 768
+        with Image.open(folder / "qc.jpg") as picture:
+            assert max(picture.size) >= 768
         assert (folder / "if.overlay.jpg").exists()
     with open(tmp_path / "status.csv", newline="") as file:
         assert [r["state"] for r in csv.DictReader(file)] == ["done"] * 3

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from input_pipeline.datasets.folder import import_folder, positions, read_table
 from input_pipeline.tileset import Partner, TileSet, TileSetError
-from input_pipeline.verify import verify
+from input_pipeline.tileset.verify import verify
 
 NUCLEI = {"nuclei": Partner("nuclei", "map", dtype="uint16")}
 HEADER = ("slide_id", "case_id", "label", "mpp", "he", "nuclei", "stage", "site")

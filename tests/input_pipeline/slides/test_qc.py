@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from PIL import Image
 
 from input_pipeline.slides.qc import FLAGGED, KEPT, MAPS, OUTLINE, as_rgb, qc_picture
 

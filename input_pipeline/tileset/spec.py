@@ -12,7 +12,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 
-from input_pipeline import tfrecord
+from input_pipeline.tileset import tfrecord
 
 MAX_CHANNELS = 256
 RESERVED = {"he", "id", "mask", "label", "slide", "case", "slide_id", "case_id", "x", "y", "mpp"}

@@ -13,7 +13,7 @@ import numpy as np
 from input_pipeline import order
 from input_pipeline.neighbours import Neighbours
 from input_pipeline.tileset import TileSet, TileSetError
-from input_pipeline.tileset_spec import Spec, decode_payload
+from input_pipeline.tileset.spec import Spec, decode_payload
 
 ATTEMPTS = 16  # replacements tried for one bad tile
 BAD = "_bad"  # [rows, 2]: ids of the bad tile and the bad near tile of each row, -1 where all is well

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from phantom_measures import as_file, auc, case_wise_auc, colour, cut, tile_cells
 from scipy import ndimage
 
 from input_pipeline.phantom import draw_partner, draw_slide, paint, paint_nuclei
 from input_pipeline.phantom import layout as lay
 from input_pipeline.phantom.render import IF_CHANNELS
+from tests.input_pipeline.phantom.measures import as_file, auc, case_wise_auc, colour, cut, tile_cells
 
 
 @pytest.fixture(scope="module")

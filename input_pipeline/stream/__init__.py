@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline import executors, order
-from input_pipeline.fetch import BAD, Plan, fetch, new_batch
+from input_pipeline import order
 from input_pipeline.neighbours import Neighbours
+from input_pipeline.stream import executors
+from input_pipeline.stream.fetch import BAD, Plan, fetch, new_batch
+from input_pipeline.stream.watchdog import Watchdog
 from input_pipeline.tileset import TileSet
-from input_pipeline.watchdog import Watchdog
 
 CHUNK = 16  # rows; small, so that memory and the time to the first batch stay small
 BAD_SHARE = 0.001

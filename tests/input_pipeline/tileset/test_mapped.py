@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from input_pipeline.mapped import MappedError, open_columns, write_columns
+from input_pipeline.tileset.mapped import MappedError, open_columns, write_columns
 
 
 def write(path):

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from input_pipeline import manifest, tfrecord
-from input_pipeline.manifest import choose_splits
-from input_pipeline.mapped import MappedError, open_columns
-from input_pipeline.tileset_finish import column_types, finish
-from input_pipeline.tileset_spec import Partner, Record, Spec, TileSetError, decode_payload
-from input_pipeline.tileset_write import INDEX, remove_slide, write_slide, written_slides
+from input_pipeline.tileset import manifest, tfrecord
+from input_pipeline.tileset.manifest import choose_splits
+from input_pipeline.tileset.mapped import MappedError, open_columns
+from input_pipeline.tileset.merge import column_types, finish
+from input_pipeline.tileset.spec import Partner, Record, Spec, TileSetError, decode_payload
+from input_pipeline.tileset.writer import INDEX, remove_slide, write_slide, written_slides
 
 __all__ = ["Example", "Partner", "Record", "Spec", "TileSet", "TileSetError", "finish", "remove_slide"]
 __all__ += ["choose_splits", "write_slide", "written_slides"]

@@ -3,9 +3,7 @@ import os
 
 import numpy as np
 import pytest
-from tileset_samples import SIZE, SPEC, contents, record, records, write_set
 
-from input_pipeline import tfrecord
 from input_pipeline.tileset import (
     Partner,
     Record,
@@ -14,11 +12,13 @@ from input_pipeline.tileset import (
     TileSetError,
     finish,
     remove_slide,
+    tfrecord,
     write_slide,
     written_slides,
 )
-from input_pipeline.tileset_write import pending_files
-from input_pipeline.verify import verify
+from input_pipeline.tileset.verify import verify
+from input_pipeline.tileset.writer import pending_files
+from tests.input_pipeline.tileset.samples import SIZE, SPEC, contents, record, records, write_set
 
 
 def test_counts_say_what_was_written(tmp_path):

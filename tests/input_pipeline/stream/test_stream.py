@@ -5,11 +5,11 @@ import time
 
 import numpy as np
 import pytest
-from stream_fixtures import SLIDES, toy_fixture  # noqa: F401
 
-from input_pipeline import executors, order
+from input_pipeline import order
 from input_pipeline.neighbours import Neighbours
-from input_pipeline.stream import StreamError, eval_stream, train_stream
+from input_pipeline.stream import StreamError, eval_stream, executors, train_stream
+from tests.input_pipeline.stream.fixtures import SLIDES, toy_fixture  # noqa: F401
 
 EXECUTORS = ("threads", "tfdata")
 N_TRAIN = 90

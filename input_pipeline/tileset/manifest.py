@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline.files import write_json
-from input_pipeline.tileset_spec import Spec, TileSetError, check_name, check_text_id, json_sha256
+from input_pipeline.tileset.spec import Spec, TileSetError, check_name, check_text_id, json_sha256
 
 FORMAT = "mfl-tileset"
 VERSION = 1

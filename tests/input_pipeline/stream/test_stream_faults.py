@@ -8,19 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stream_fixtures import SPEC, build, toy_fixture  # noqa: F401
-from test_stream import EXECUTORS, assert_same, take
 
 from input_pipeline import stream as stream_module
-from input_pipeline import tfrecord, tileset_write
 from input_pipeline.order import uniform
 from input_pipeline.stream import StreamError, eval_stream, train_stream
-from input_pipeline.tileset import TileSet, TileSetError
-from input_pipeline.watchdog import EXIT_CODE
+from input_pipeline.stream.watchdog import EXIT_CODE
+from input_pipeline.tileset import TileSet, TileSetError, tfrecord
+from input_pipeline.tileset import writer as tileset_write
+from tests.input_pipeline.stream.fixtures import SPEC, build, toy_fixture  # noqa: F401
+from tests.input_pipeline.stream.test_stream import EXECUTORS, assert_same, take
 
 CRC, NO_IMAGE, WRONG_SIZE, WRONG_CHANNELS, NAN = 10, 20, 40, 45, 80
 BAD = {CRC, NO_IMAGE, WRONG_SIZE, WRONG_CHANNELS, NAN}
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def flip(tileset: TileSet, tile: int) -> None:
@@ -166,7 +166,7 @@ def test_a_missing_or_cut_shard_is_named(toy, tmp_path):
 
 SCRIPT = """
 import sys, time
-from input_pipeline import fetch
+from input_pipeline.stream import fetch
 from input_pipeline.stream import train_stream
 from input_pipeline.tileset import TileSet
 

@@ -4,12 +4,11 @@ import re
 import imagecodecs
 import numpy as np
 import pytest
-from tileset_samples import SPEC, contents, record, records, write_set
 
-from input_pipeline import tfrecord
-from input_pipeline.mapped import open_columns, write_columns
-from input_pipeline.tileset import TileSet, finish, write_slide
-from input_pipeline.verify import verify
+from input_pipeline.tileset import TileSet, finish, tfrecord, write_slide
+from input_pipeline.tileset.mapped import open_columns, write_columns
+from input_pipeline.tileset.verify import verify
+from tests.input_pipeline.tileset.samples import SPEC, contents, record, records, write_set
 
 SHARD = "demo-tiles-00002.tfrecord"
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline import manifest
 from input_pipeline.files import write_atomically
-from input_pipeline.mapped import Column, write_columns
-from input_pipeline.tileset_spec import Partner, Spec, TileSetError
-from input_pipeline.tileset_write import (
+from input_pipeline.tileset import manifest
+from input_pipeline.tileset.mapped import Column, write_columns
+from input_pipeline.tileset.spec import Partner, Spec, TileSetError
+from input_pipeline.tileset.writer import (
     CORE,
     EXTRA,
     INDEX,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from input_pipeline import tfrecord
-from input_pipeline.tfrecord import RecordError, decode_example, encode_example, scan, write_record
+from input_pipeline.tileset import tfrecord
+from input_pipeline.tileset.tfrecord import RecordError, decode_example, encode_example, scan, write_record
 
 FEATURES = {
     "he": b"\x00\xffpicture" * 40,

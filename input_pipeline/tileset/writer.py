@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline import tfrecord
-from input_pipeline.mapped import MappedError, open_columns, write_columns
-from input_pipeline.tileset_spec import Record, Spec, TileSetError, check_name, check_text_id, encode_record
+from input_pipeline.tileset import tfrecord
+from input_pipeline.tileset.mapped import MappedError, open_columns, write_columns
+from input_pipeline.tileset.spec import Record, Spec, TileSetError, check_name, check_text_id, encode_record
 
 VERSION = 1
 INDEX: dict[str, np.dtype] = {"offset": np.dtype(np.int64), "length": np.dtype(np.int32), "crc": np.dtype(np.uint32)}

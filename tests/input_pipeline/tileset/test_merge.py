@@ -5,12 +5,12 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from tileset_samples import PARTNERS, SPEC, contents, record, records, write_set
 
-from input_pipeline.manifest import read_manifest, split_cases
-from input_pipeline.mapped import open_columns
 from input_pipeline.tileset import Record, Spec, TileSet, TileSetError, finish, remove_slide, write_slide
-from input_pipeline.verify import verify
+from input_pipeline.tileset.manifest import read_manifest, split_cases
+from input_pipeline.tileset.mapped import open_columns
+from input_pipeline.tileset.verify import verify
+from tests.input_pipeline.tileset.samples import PARTNERS, SPEC, contents, record, records, write_set
 
 SHARDS = [f"demo-tiles-{n:05d}.tfrecord" for n in range(4)]
 

@@ -11,12 +11,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from input_pipeline import manifest, tfrecord
-from input_pipeline.mapped import MappedError, open_columns
-from input_pipeline.tileset import Example, TileSet
-from input_pipeline.tileset_finish import tfds_files
-from input_pipeline.tileset_spec import TileSetError
-from input_pipeline.tileset_write import INDEX, columns_digest, read_meta
+from input_pipeline.tileset import Example, TileSet, manifest, tfrecord
+from input_pipeline.tileset.mapped import MappedError, open_columns
+from input_pipeline.tileset.merge import tfds_files
+from input_pipeline.tileset.spec import TileSetError
+from input_pipeline.tileset.writer import INDEX, columns_digest, read_meta
 
 MAX_FAULTS_A_SLIDE = 20
 

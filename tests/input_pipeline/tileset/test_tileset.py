@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tileset_samples import PARTNERS, SPEC, contents, record, records, write_set
 
-from input_pipeline import manifest, tileset
-from input_pipeline.tileset import Record, Spec, TileSet, TileSetError, finish, remove_slide, write_slide
-from input_pipeline.tileset_spec import json_sha256
+from input_pipeline import tileset
+from input_pipeline.tileset import Record, Spec, TileSet, TileSetError, finish, manifest, remove_slide, write_slide
+from input_pipeline.tileset.spec import json_sha256
+from tests.input_pipeline.tileset.samples import PARTNERS, SPEC, contents, record, records, write_set
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_no_index_makes_a_read_crash_or_take_memory(tmp_path_factory, data):
 
 def one_tile(tmp_path, monkeypatch, **features):
     """A set of one tile whose stored features are replaced after all the checks of the writer."""
-    import input_pipeline.tileset_spec as module
+    import input_pipeline.tileset.spec as module
 
     original = module.tfrecord.encode_example
     monkeypatch.setattr(module.tfrecord, "encode_example", lambda found: original(found | features))
