@@ -8,6 +8,8 @@ a transform knows nothing of pixels, pyramids or magnification.
 
 import json
 import os
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,13 +27,16 @@ class Displacement:
     origin: tuple[float, float]  # (x, y) of node [0, 0]
     spacing: tuple[float, float]  # (x, y) between nodes
     values: np.ndarray  # [rows, columns, (dx, dy)]
+    _coefficients: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         values = np.asarray(self.values, np.float64)
         if values.ndim != 3 or values.shape[2] != 2 or min(values.shape[:2]) < 2:
             raise ValueError(f"a displacement field has shape [rows >= 2, columns >= 2, 2], not {values.shape}")
         if not np.isfinite(values).all():
-            raise ValueError(f"a displacement field is finite everywhere; {np.sum(~np.isfinite(values))} values are not")
+            raise ValueError(
+                f"a displacement field is finite everywhere; {np.sum(~np.isfinite(values))} values are not"
+            )
         if min(self.spacing) <= 0:
             raise ValueError(f"the spacing of a displacement field is positive, not {self.spacing}")
         coefficients = np.stack([ndimage.spline_filter(values[..., i], mode="mirror") for i in (0, 1)])
@@ -77,7 +82,7 @@ class Transform:
         return (flat @ self.matrix[:, :2].T + self.matrix[:, 2]).reshape(points.shape)
 
     def inverse(self, points: np.ndarray, iterations: int = 20) -> np.ndarray:
-        """[..., (x, y)] in the partner's frame -> the H&E frame; a fixed point, which a smooth displacement reaches fast."""
+        """[..., (x, y)] in the partner's frame -> the H&E frame: a fixed point, soon reached if all is smooth."""
         points = np.asarray(points, np.float64)
         goal = (points.reshape(-1, 2) - self.matrix[:, 2]) @ np.linalg.inv(self.matrix[:, :2]).T
         found = goal
@@ -109,3 +114,111 @@ class Transform:
             return Transform(np.asarray(document["matrix"]), d, document.get("info", {}))
         except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a transform file that this version reads: {error}") from error
+
+
+ITK_TRANSFORMS = (".tfm", ".h5", ".hdf5")
+ITK_IMAGES = (".mha", ".mhd", ".nrrd", ".nii", ".nii.gz")
+ITK_UNITS = {"mm": 1000.0, "um": 1.0}
+
+
+def load_transform(path: str | os.PathLike, *, itk_unit: str = "mm") -> Transform:
+    """A transform H&E -> partner, ours or from outside. Frames begin at the outer corner of the first pixel.
+
+    .json             as Transform.save writes it
+    .csv .txt .npy    affine matrix, 2x3 or 3x3 ending in 0 0 1, in um
+    .npz              arrays `unit` ('um'), `origin` (x, y), `spacing` (x, y), `values` [rows, columns, (dx, dy)], and
+                      optionally `matrix`: partner = matrix @ (he + displacement, 1)
+    .tfm .h5          ITK: a linear transform or a displacement field transform of two dimensions
+    .mha .nrrd .nii   ITK: a displacement image, partner = he + displacement
+
+    ITK maps fixed to moving points, so H&E is the fixed image. Its unit is the millimetre, or what `itk_unit` says.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if not path.is_file():
+        raise ValueError(f"{path}: no such transform file")
+    if itk_unit not in ITK_UNITS:
+        raise ValueError(f"itk_unit is one of {', '.join(ITK_UNITS)}, not {itk_unit!r}")
+    if name.endswith(".json"):
+        return Transform.load(path)
+    readers: dict[tuple[str, ...], Callable[[Path], Transform]] = {
+        (".csv", ".txt", ".npy"): _load_matrix,
+        (".npz",): _load_field,
+        ITK_TRANSFORMS: lambda p: _load_itk_transform(p, ITK_UNITS[itk_unit]),
+        ITK_IMAGES: lambda p: _load_itk_image(p, ITK_UNITS[itk_unit]),
+    }
+    for suffixes, reader in readers.items():
+        if name.endswith(suffixes):
+            try:
+                found = reader(path)
+            except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{path} is not a transform file that this version reads: {error}") from error
+            return Transform(found.matrix, found.displacement, {"made": "loaded", "file": path.name})
+    allowed = ", ".join((".json", *(s for suffixes in readers for s in suffixes)))
+    raise ValueError(f"{path}: unknown kind of transform file; allowed: {allowed}")
+
+
+def _load_matrix(path: Path) -> Transform:
+    if path.suffix.lower() == ".npy":
+        return Transform(np.load(path, allow_pickle=False))
+    lines = [line.split("#")[0].replace(",", " ").replace(";", " ").split() for line in path.read_text().splitlines()]
+    return Transform(np.array([[float(v) for v in line] for line in lines if line]))
+
+
+def _load_field(path: Path) -> Transform:
+    with np.load(path, allow_pickle=False) as arrays:
+        missing = {"unit", "origin", "spacing", "values"} - set(arrays.files)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}; it holds {', '.join(arrays.files) or 'nothing'}")
+        if (unit := str(arrays["unit"])) != "um":
+            raise ValueError(f"unit is {unit!r}; allowed: 'um'")
+        matrix = arrays["matrix"] if "matrix" in arrays.files else np.eye(2, 3)
+        return Transform(matrix, Displacement(_pair(arrays["origin"]), _pair(arrays["spacing"]), arrays["values"]))
+
+
+def _pair(values: np.ndarray) -> tuple[float, float]:
+    x, y = (float(v) for v in np.ravel(values))
+    return x, y
+
+
+def _itk():
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise ValueError("an ITK file needs SimpleITK: pip install SimpleITK") from error
+    return SimpleITK
+
+
+def _load_itk_transform(path: Path, unit: float) -> Transform:
+    transform = _itk().ReadTransform(str(path)).Downcast()
+    if transform.GetDimension() != 2:
+        raise ValueError(f"it has {transform.GetDimension()} dimensions; allowed: 2")
+    if transform.IsLinear():
+        start, right, down = (np.array(transform.TransformPoint(p)) for p in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
+        return Transform(np.column_stack([right - start, down - start, start * unit]))
+    if hasattr(transform, "GetDisplacementField"):
+        return _from_image(transform.GetDisplacementField(), unit)
+    raise ValueError(
+        f"{transform.GetName()} is neither linear nor a displacement field: write it with "
+        "SimpleITK.TransformToDisplacementFieldFilter and give the image"
+    )
+
+
+def _load_itk_image(path: Path, unit: float) -> Transform:
+    return _from_image(_itk().ReadImage(str(path)), unit)
+
+
+def _from_image(image, unit: float) -> Transform:
+    if image.GetDimension() != 2 or image.GetNumberOfComponentsPerPixel() != 2:
+        raise ValueError(
+            f"a displacement image has 2 dimensions and 2 components, not {image.GetDimension()} and "
+            f"{image.GetNumberOfComponentsPerPixel()}"
+        )
+    if not np.allclose(image.GetDirection(), (1, 0, 0, 1)):
+        raise ValueError(f"its axes are turned (direction {image.GetDirection()}); allowed: the identity")
+    if tuple(image.GetSpacing()) == (1.0, 1.0) and unit != 1:
+        raise ValueError("its spacing is 1, which is pixels, not millimetres: set spacing and displacements in mm")
+    values = _itk().GetArrayFromImage(image).astype(np.float64) * unit
+    x, y = image.GetOrigin()
+    dx, dy = image.GetSpacing()
+    return Transform(np.eye(2, 3), Displacement((x * unit, y * unit), (dx * unit, dy * unit), values))
