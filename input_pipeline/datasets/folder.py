@@ -34,7 +34,7 @@ from input_pipeline.tileset import (
     write_slide,
     written_slides,
 )
-from input_pipeline.tileset_spec import check_name, check_text_id
+from input_pipeline.tileset.spec import check_name, check_text_id
 
 EDGES = ("pad", "shift", "drop")
 _KNOWN = {"slide_id", "case_id", "mpp", "label", "split"}

@@ -22,7 +22,7 @@ import numpy as np
 from input_pipeline import order
 from input_pipeline.neighbours import Neighbours
 from input_pipeline.stream import executors
-from input_pipeline.stream.fetch import BAD, Plan, fetch, new_batch
+from input_pipeline.stream.fetching import BAD, Plan, fetch, new_batch
 from input_pipeline.stream.watchdog import Watchdog
 from input_pipeline.tileset import TileSet
 

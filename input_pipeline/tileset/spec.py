@@ -237,10 +237,18 @@ def _encode_image(array: np.ndarray, shape: tuple, dtype: str, encoding: str, qu
     return bytes(imagecodecs.png_encode(array, level=1, strategy=3, filter=16))
 
 
-def decode_image(data: bytes, shape: tuple[int, ...], dtype: str, encoding: str) -> np.ndarray:
-    """[H, W, C]; a picture of another size or type is refused before memory is taken for it."""
+def decode_image(
+    data: bytes, shape: tuple[int, ...], dtype: str, encoding: str, into: np.ndarray | None = None
+) -> np.ndarray:
+    """[H, W, C]; a picture of another size or type is refused before memory is taken for it.
+
+    With `into`, an array of that shape and dtype, the pixels are written there: a copy costs several percent of a
+    stream. What is in it after an error is undefined.
+    """
     height, width, channels = shape
-    out = np.empty((height, width, 3) if channels == 3 else (channels * height, width), dtype)
+    stored = (height, width, 3) if channels == 3 else (channels * height, width)
+    direct = into is not None and channels in (1, 3) and into.flags.c_contiguous
+    out = into.reshape(stored) if into is not None and direct else np.empty(stored, dtype)
     try:
         if encoding == "jpeg":
             if data[-2:] != b"\xff\xd9":
@@ -250,13 +258,21 @@ def decode_image(data: bytes, shape: tuple[int, ...], dtype: str, encoding: str)
             imagecodecs.png_decode(data, out=out)
     except (ValueError, RuntimeError) as error:
         raise TileSetError(f"not a {encoding} image of {dtype} {shape}: {error}") from error
-    if channels == 3:
-        return out
-    return np.moveaxis(out.reshape(channels, height, width), 0, -1)
+    image = out if channels == 3 else np.moveaxis(out.reshape(channels, height, width), 0, -1)
+    if into is None or direct:
+        return image if into is None else into
+    into[:] = image
+    return into
 
 
-def decode_payload(spec: Spec, payload: bytes) -> dict[str, np.ndarray | None]:
-    """{'he': uint8 [H, W, 3], partner: array or None}; TileSetError says which part is not as announced."""
+def decode_payload(
+    spec: Spec, payload: bytes, into: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray | None]:
+    """{'he': uint8 [H, W, 3], partner: array or None}; TileSetError says which part is not as announced.
+
+    `into` holds arrays by name that images are decoded into, where they are given.
+    """
+    into = into or {}
     try:
         features = tfrecord.decode_example(payload)
     except tfrecord.RecordError as error:
@@ -267,19 +283,21 @@ def decode_payload(spec: Spec, payload: bytes) -> dict[str, np.ndarray | None]:
         if he is None:
             raise TileSetError("there is no image")
         out: dict[str, np.ndarray | None] = {}
-        out["he"] = decode_image(he, (spec.size, spec.size, 3), "uint8", spec.he_encoding)
+        out["he"] = decode_image(he, (spec.size, spec.size, 3), "uint8", spec.he_encoding, into.get("he"))
         for partner in spec.partners:
             name = partner.name
-            out[name] = _decode_partner(spec, partner, features.get(name))
+            out[name] = _decode_partner(spec, partner, features.get(name), into.get(name))
     except TileSetError as error:
         raise TileSetError(f"{name}: {error}") from error
     return out
 
 
-def _decode_partner(spec: Spec, partner: Partner, value: tfrecord.Decoded | None) -> np.ndarray | None:
+def _decode_partner(
+    spec: Spec, partner: Partner, value: tfrecord.Decoded | None, into: np.ndarray | None
+) -> np.ndarray | None:
     if partner.kind != "vector":
         data = _only(value)
-        return None if data is None else decode_image(data, spec.shape(partner), partner.dtype, partner.encoding)
+        return None if data is None else decode_image(data, spec.shape(partner), partner.dtype, partner.encoding, into)
     if not isinstance(value, np.ndarray) or value.dtype != np.float32:
         raise TileSetError("there is no list of floats")
     if not len(value):

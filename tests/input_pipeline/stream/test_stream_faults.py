@@ -166,16 +166,16 @@ def test_a_missing_or_cut_shard_is_named(toy, tmp_path):
 
 SCRIPT = """
 import sys, time
-from input_pipeline.stream import fetch
+from input_pipeline.stream import fetching
 from input_pipeline.stream import train_stream
 from input_pipeline.tileset import TileSet
 
 tileset = TileSet.open({root!r})
-real, stalled = fetch.decode_payload, []
-def slow(spec, payload):
+real, stalled = fetching.decode_payload, []
+def slow(spec, payload, into=None):
     time.sleep(1e6 if stalled else 0.002)
-    return real(spec, payload)
-fetch.decode_payload = slow
+    return real(spec, payload, into)
+fetching.decode_payload = slow
 stream = train_stream(tileset, batch=8, seed=0, executor={executor!r}, threads=4, prefetch=4, stall_timeout={timeout})
 for _ in range(3):
     next(stream)

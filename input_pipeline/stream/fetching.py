@@ -46,6 +46,10 @@ class Plan:
     reasons: dict[int, str] = field(default_factory=dict)  # what was wrong with bad tiles, for messages alone
 
     @property
+    def images(self) -> tuple[str, ...]:
+        return ("he", *(p.name for p in self.spec.partners if p.kind != "vector"))
+
+    @property
     def chunks(self) -> int:
         return self.rows // self.chunk
 
@@ -93,7 +97,8 @@ def fetch(plan: Plan, number: int, batch: dict[str, np.ndarray]) -> None:
 def _write(plan: Plan, out: dict[str, np.ndarray], row: int, images: Mapping[str, np.ndarray | None]) -> None:
     for name in ("he", *(p.name for p in plan.spec.partners)):
         image = images.get(name)
-        out[name][row] = 0 if image is None else image
+        if image is None or not np.may_share_memory(image, out[name]):  # else it was decoded into its place
+            out[name][row] = 0 if image is None else image
         if name != "he":
             out[f"{name}_mask"][row] = image is not None
 
@@ -103,7 +108,7 @@ def _fill(plan: Plan, out: dict[str, np.ndarray], row: int, tile: int, position:
     wanted = tile
     for attempt in range(ATTEMPTS):
         try:
-            images = _decode(plan, wanted, plan.spec)
+            images = _decode(plan, wanted, plan.spec, {name: out[name][row] for name in plan.images})
         except TileSetError as error:
             if plan.on_bad == "raise":
                 raise
@@ -140,12 +145,14 @@ def _fill_near(plan: Plan, out: dict[str, np.ndarray], rows: np.ndarray, positio
         out["near_he"][row], out["near_id"][row], out["near_mask"][row] = image, other, there
 
 
-def _decode(plan: Plan, tile: int, spec: Spec) -> dict[str, np.ndarray | None]:
+def _decode(
+    plan: Plan, tile: int, spec: Spec, into: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray | None]:
     (example,) = plan.tileset.read([tile])
     bad = partial(TileSetError, id=tile, slide=example.slide, file=example.file, offset=example.offset)
     place = f"{example.file}, offset {example.offset}, tile {tile}, slide {example.slide!r}"
     try:
-        images = decode_payload(spec, example.payload)
+        images = decode_payload(spec, example.payload, into)
     except TileSetError as error:
         raise bad(f"{place}: {error}") from error
     if missing := [p for p in plan.require if p in images and images[p] is None]:
