@@ -63,8 +63,8 @@ def doctor(options: argparse.Namespace) -> int:
 def _add_demo(commands) -> None:
     command = _command(commands, "demo", demo, "the whole path on slides drawn by the phantom")
     command.add_argument("--out", type=Path, default=Path("demo"))
-    command.add_argument("--cases", type=int, default=6)
-    command.add_argument("--size", type=int, default=2048, help="side of a slide in px")
+    command.add_argument("--cases", type=int, default=16)
+    command.add_argument("--size", type=int, default=1024, help="side of a slide in px")
     command.add_argument("--seed", type=int, default=0)
     _add_work(command)
 
@@ -248,7 +248,7 @@ def _add_verify(commands) -> None:
 def verify(options: argparse.Namespace) -> int:
     """Read every byte of a tile set and compare it with its checksums, index and manifest."""
     from input_pipeline.tileset import TileSet
-    from input_pipeline.verify import verify
+    from input_pipeline.tileset.verify import verify
 
     faults = verify(options.tileset, deep=options.deep, progress=not options.quiet)
     for fault in faults:

@@ -15,13 +15,15 @@ from input_pipeline.stream import train_stream
 from input_pipeline.tile import Params as TileParams
 from input_pipeline.tile import tile_cohort
 from input_pipeline.tileset import TileSet
-from input_pipeline.verify import verify
+from input_pipeline.tileset.verify import verify
 
+TILE_PX = 64
+PARTNERS = ("if", "nuclei")
 SPLITS = {"train": 0.6, "val": 0.2, "test": 0.2}
 
 
 def demo(
-    out: Path, *, cases: int = 6, size: int = 2048, seed: int = 0, workers: int | None = None, progress: bool = True
+    out: Path, *, cases: int = 16, size: int = 1024, seed: int = 0, workers: int | None = None, progress: bool = True
 ) -> None:
     """Draw, tile, register, pack, verify, look. Raises ValueError where anything is not as it should be."""
     start = perf_counter()
@@ -30,13 +32,21 @@ def demo(
     def tell(text: str) -> None:
         print(f"[{perf_counter() - start:6.1f} s] {text}", flush=True)
 
-    tell(f"Drawing {cases} cases of H&E slides with denser partners of the same tissue: immunofluorescence and IHC on")
-    tell("slides of their own (turned, shifted, deformed), a nuclear map, gene counts. What lies where is known.")
-    table = write_cohort(out / "slides", cases=cases, size=size, seed=seed, workers=max(workers, 1), progress=progress)
+    tell(f"Drawing {cases} cases of H&E slides with denser partners of the same tissue: immunofluorescence on slides")
+    tell("of its own (turned, shifted, deformed), and a nuclear map. What lies where is known.")
+    table = write_cohort(
+        out / "slides",
+        cases=cases,
+        size=size,
+        seed=seed,
+        partners=PARTNERS,
+        workers=max(workers, 1),
+        progress=progress,
+    )
 
     tell("Finding the tissue of every slide, laying a grid of tiles, and registering the partner slides to the H&E.")
     tiled = tile_cohort(
-        cohort.read(table), out / "tiled", TileParams(size=224), workers=workers, progress=progress, say=tell
+        cohort.read(table), out / "tiled", TileParams(size=TILE_PX), workers=workers, progress=progress, say=tell
     )
     print(tiled.ledger.table())
     if tiled.failed:
@@ -57,7 +67,7 @@ def demo(
         raise ValueError(f"splits share something: {'; '.join(str(leak) for leak in leaks[:5])}")
 
     with train_stream(tileset, batch=6, seed=seed) as stream:
-        save_picture(out / "batch.png", batch_picture(next(stream), tileset.spec))
+        save_picture(out / "batch.png", batch_picture(next(stream), tileset.spec, side=160))
     counts = f"{len(tileset):,} tiles of {len(tileset.slides)} slides of {len(tileset.cases)} cases"
     tell(f"Done: {counts}. A batch as training will see it: {out / 'batch.png'}")
     print(f"Look also at {out / 'tiled' / 'slides'}: qc.jpg and the overlay of each registration, one folder a slide.")

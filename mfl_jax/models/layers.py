@@ -1,0 +1,175 @@
+"""Layers with the numbers of timm and torch: normalisation, convolution, drop path, resizing of positions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import lax
+
+
+class BatchNorm(nn.Module):
+    """Statistics in float32 over the GLOBAL batch, or over `groups` runs of neighbouring rows, as papers that
+    trained with a BatchNorm per device had it. The running mean and (unbiased) variance are averaged over groups.
+
+    The squares are taken about the running mean: one pass over the data, without the cancellation of E[x^2] - E[x]^2.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    groups: int = 1
+    affine: bool = True
+    scale_init: Callable[..., Any] = nn.initializers.ones
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        scale = self.param("scale", self.scale_init, (channels,), jnp.float32) if self.affine else 1.0
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32) if self.affine else 0.0
+        if not train:
+            factor = scale * lax.rsqrt(var.value + self.epsilon)
+            return x.astype(self.dtype) * factor.astype(self.dtype) + (bias - mean.value * factor).astype(self.dtype)
+        if x.shape[0] % self.groups:
+            raise ValueError(
+                f"a batch of {x.shape[0]} rows cannot be normalised in bn_groups={self.groups} equal groups"
+            )
+        rows = x.astype(jnp.float32).reshape(self.groups, -1, channels)
+        count = rows.shape[1]
+        offset = lax.stop_gradient(mean.value)
+        first = jnp.mean(rows - offset, 1)
+        variance = jnp.maximum(jnp.mean(jnp.square(rows - offset), 1) - jnp.square(first), 0.0)
+        if not self.is_initializing():
+            unbiased = jnp.mean(variance, 0) * (count / max(count - 1, 1))
+            mean.value = self.momentum * mean.value + (1 - self.momentum) * (jnp.mean(first, 0) + offset)
+            var.value = self.momentum * var.value + (1 - self.momentum) * unbiased
+        factor = (scale * lax.rsqrt(variance + self.epsilon))[:, None]
+        return ((rows - (first + offset)[:, None]) * factor + bias).reshape(x.shape).astype(self.dtype)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias with all but the last axis folded into one: XLA:CPU transposes a [B, N, D] operand in the
+    gradient, which made the attention block 1.7 times slower."""
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        y = flat_product(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return y
+
+
+def flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, as timm's weights need it, by erf. The derivative is kept in place of x: `jax.nn.gelu` goes by
+    erfc, in three passes over memory, which costs an eighth of the time of the MLP block on a CPU."""
+    return gelu_and_slope(x)[0]
+
+
+def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = x.astype(jnp.float32)
+    share = 0.5 * (1 + lax.erf(wide * np.float32(np.sqrt(0.5))))
+    slope = share + wide * jnp.exp(-0.5 * wide * wide) * np.float32(1 / np.sqrt(2 * np.pi))
+    return (wide * share).astype(x.dtype), slope.astype(x.dtype)
+
+
+gelu.defvjp(gelu_and_slope, lambda slope, g: (g * slope,))
+
+
+class Conv(nn.Module):
+    """A square convolution with torch's symmetric padding and no bias; kernel [height, width, in, out]."""
+
+    features: int
+    size: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """XLA:CPU falls back to a scalar loop, 80 times slower, where the image (or, in the gradient, the result) is
+    smaller than the kernel: there, and for 1x1 kernels, it is written as patches and one matrix product."""
+    size = kernel.shape[0]
+    small = min(x.shape[1], x.shape[2]) // stride < size
+    if size == 1 or (small and jax.default_backend() == "cpu"):
+        return patch_convolve(x, kernel, stride)
+    pad = [(size // 2, size // 2)] * 2
+    return lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def patch_convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    size, pad = kernel.shape[0], kernel.shape[0] // 2
+    if size > 1:
+        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    height, width = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
+    shifts = [(i, j) for i in range(size) for j in range(size)]
+    patches = jnp.concatenate([x[:, i : i + height : stride, j : j + width : stride] for i, j in shifts], -1)
+    return flat_product(patches, kernel.reshape(-1, kernel.shape[-1]))
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3, stride 2, padding 1."""
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def fold_blocks(x: jax.Array, size: int) -> jax.Array:
+    """[B, H, W, C] -> [B, H/size, W/size, size*size*C]: a block of pixels becomes channels, rows before columns."""
+    b, h, w, c = x.shape
+    if h % size or w % size:
+        raise ValueError(f"an image of {h} x {w} px cannot be cut into blocks of {size} px; use a multiple of {size}")
+    return x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3).reshape(b, h // size, w // size, -1)
+
+
+class DropPath(nn.Module):
+    """Drops whole residual branches, row by row, while training."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.rate == 0:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def cubic_weights(old: int, new: int) -> np.ndarray:
+    """[new, old]: torch's bicubic interpolation (a = -0.75, half-pixel centres, clamped edges, no antialiasing)."""
+    a, centre = -0.75, (np.arange(new) + 0.5) * old / new - 0.5
+    base = np.floor(centre).astype(int)
+    weights = np.zeros((new, old))
+    for tap in range(-1, 3):
+        t = np.abs(centre - base - tap)
+        near = ((a + 2) * t - (a + 3)) * t * t + 1
+        far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+        np.add.at(weights, (np.arange(new), np.clip(base + tap, 0, old - 1)), np.where(t <= 1, near, far))
+    return weights
+
+
+def resize_grid(grid: jax.Array, height: int, width: int) -> jax.Array:
+    """[h, w, D] -> [height, width, D] with torch's bicubic kernel, which `jax.image.resize` (a = -0.5) is not."""
+    rows, columns = cubic_weights(grid.shape[0], height), cubic_weights(grid.shape[1], width)
+    exact = lax.Precision.HIGHEST
+    half = jnp.einsum("Hh,hwd->Hwd", rows.astype(np.float32), grid, precision=exact)
+    return jnp.einsum("Ww,Hwd->HWd", columns.astype(np.float32), half, precision=exact)
