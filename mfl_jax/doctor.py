@@ -10,10 +10,11 @@ from pathlib import Path
 import psutil
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy", "scipy", "Pillow")
-PIPELINE = ("tifffile", "imagecodecs", "scikit-image", "SimpleITK", "google-crc32c", "tensorflow-datasets")
+PIPELINE = ("tifffile", "imagecodecs", "google-crc32c", "tensorflow-datasets")
 OPTIONAL = {
     "openslide-python": ("MRXS and what tifffile cannot read", "pip install 'mfl_jax[openslide]'"),
     "pydicom": ("DICOM slides", "pip install 'mfl_jax[dicom]'"),
+    "SimpleITK": ("transforms that ITK wrote", "pip install 'mfl_jax[itk]'"),
     "apache-beam": ("tiling on a cluster", "pip install 'mfl_jax[beam]'"),
     "submitit": ("sweeps on Slurm", "pip install 'mfl_jax[slurm]'"),
 }

@@ -46,8 +46,8 @@ class Field:
 
 FIELDS = (
     Field(zoom=4, patch=48, step=96, search=12, spacing=300, smooth=1.0),
-    Field(zoom=2, patch=64, step=64, search=12, spacing=200, smooth=0.3),
-    Field(zoom=1, patch=96, step=48, search=10, spacing=150, smooth=0.1),
+    Field(zoom=2, patch=48, step=48, search=12, spacing=150, smooth=0.1),
+    Field(zoom=1, patch=64, step=32, search=10, spacing=80, smooth=0.02),
 )
 
 
