@@ -1,9 +1,11 @@
 """Files that are either whole or not there."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,25 @@ import numpy as np
 from PIL import Image
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name to write to, which gets its real name when all went well and the bytes are on the disk."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield part
+        with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    with whole(path) as part:
+        part.write_bytes(data)
 
 
 def save_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
@@ -39,7 +48,6 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def write_json(path: str | os.PathLike, document: Any) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(document, indent=1, default=str).encode())
 
 

@@ -1,29 +1,17 @@
 """Slides as scanners write them. Every file appears whole or not at all."""
 
-import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import tifffile
 from PIL import Image, ImageDraw
 
+from ..files import whole
+
 TILE = 256
 JPEG_QUALITY = 85
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` only when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

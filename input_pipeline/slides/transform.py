@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from input_pipeline.files import write_atomically
+
 FORMAT = "mfl-transform"
 VERSION = 1
 
@@ -97,10 +99,7 @@ class Transform:
         if (d := self.displacement) is not None:
             values = np.round(d.values, 4)
             document["displacement"] = {"origin": list(d.origin), "spacing": list(d.spacing), "values": values.tolist()}
-        path = Path(path)
-        part = path.with_name(path.name + f".{os.getpid()}.part")
-        part.write_text(json.dumps(document))
-        os.replace(part, path)
+        write_atomically(path, json.dumps(document).encode())
 
     @staticmethod
     def load(path: str | os.PathLike) -> "Transform":

@@ -21,6 +21,7 @@ import numpy as np
 
 from input_pipeline import order
 from input_pipeline.neighbours import Neighbours
+from input_pipeline.pool import available_cores
 from input_pipeline.stream import executors
 from input_pipeline.stream.fetching import BAD, Plan, fetch, new_batch
 from input_pipeline.stream.watchdog import Watchdog
@@ -155,7 +156,7 @@ class Stream:
         identity: Mapping[str, Any],
         start_step: int = 0,
     ):
-        workers = executors.cores() if threads is None else threads
+        workers = available_cores() if threads is None else threads
         _check_int("threads", workers, 1, 1024)
         _check_int("prefetch", prefetch, 0, 1024)
         self.executor = executors.choose(executor)

@@ -5,7 +5,6 @@ one stops its workers and waits for what they have in hand.
 """
 
 import contextlib
-import os
 import threading
 import traceback
 from collections import deque
@@ -16,10 +15,6 @@ from queue import SimpleQueue
 
 Work = Callable[[int], None]
 Done = Generator[int, None, None]
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose(executor: str) -> str:

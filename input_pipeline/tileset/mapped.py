@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from input_pipeline.files import whole
+
 ALIGN = 64
 _PAD = 0xD935  # the id that zip tools use for alignment padding
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -29,18 +31,9 @@ Column = tuple[np.dtype, int, Iterable[np.ndarray]]
 
 def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
     """{name: (dtype, rows, pieces)} -> path, in memory of one piece; the pieces of a column add up to its rows."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                for name, column in columns.items():
-                    _write_member(archive, file.tell(), name, *column)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole(path) as part, open(part, "wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        for name, column in columns.items():
+            _write_member(archive, file.tell(), name, *column)
 
 
 def _write_member(

@@ -17,8 +17,8 @@ import imagecodecs
 import numpy as np
 from scipy import ndimage
 
+from input_pipeline.pool import available_cores
 from input_pipeline.stream import train_stream
-from input_pipeline.stream.executors import cores
 from input_pipeline.tileset import Partner, Record, Spec, TileSet, finish, tfrecord, write_slide
 
 SIZE, BATCH, SLIDES = 224, 128, 8
@@ -68,7 +68,7 @@ def bare(root: Path, tiles: int) -> float:
         for jpeg in part:
             imagecodecs.jpeg8_decode(jpeg)
 
-    crew = [threading.Thread(target=loop, args=(data[i :: cores()],)) for i in range(cores())]
+    crew = [threading.Thread(target=loop, args=(data[i :: available_cores()],)) for i in range(available_cores())]
     start = time.perf_counter()
     for thread in crew:
         thread.start()
@@ -99,7 +99,8 @@ def pytorch(root: Path, tiles: int) -> float:
             names = (root / "files" / f"{i % tiles}_{name}.jpg" for name in ("he", "ihc"))
             return tuple(torch.from_numpy(np.array(Image.open(name).convert("RGB"))) for name in names)
 
-    batches = iter(torch.utils.data.DataLoader(Files(), BATCH, shuffle=True, num_workers=cores(), drop_last=True))
+    options = {"shuffle": True, "num_workers": available_cores(), "drop_last": True}
+    batches = iter(torch.utils.data.DataLoader(Files(), BATCH, **options))
     for _ in range(4):
         next(batches)
     start = time.perf_counter()
@@ -132,7 +133,7 @@ def main() -> None:
             for name, run in rows.items():
                 rates[name].append(run())
         size = sum(f.stat().st_size for f in (root / "files").iterdir()) / tiles / 2
-        print(f"{tiles} pairs of {SIZE} px, {size / 1024:.1f} KiB a JPEG, {cores()} cores, batch {BATCH}")
+        print(f"{tiles} pairs of {SIZE} px, {size / 1024:.1f} KiB a JPEG, {available_cores()} cores, batch {BATCH}")
         print(f"{'':22}{'tiles/s':>9}{'/ bare':>9}{'/ torch':>9}   (medians of ratios within a repeat)")
         for name, values in rates.items():
             line = f"{name:22}{statistics.median(values):9.0f}"
