@@ -1,0 +1,124 @@
+"""The one pass over a set that all evaluators share: every example through `Method.embed` exactly once."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mfl_jax import sharding
+
+if TYPE_CHECKING:
+    from input_pipeline.tileset import TileSet
+
+Embed = Callable[[Any, Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Row i of everything is the example ids[i]; ids ascend, so two passes over one set give the same rows."""
+
+    features: dict[str, np.ndarray]  # float32 [N, D]
+    ids: np.ndarray  # int64 [N]
+    columns: dict[str, np.ndarray]  # [N]: label, slide, case and whatever else is known of a tile
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def embed_pass(
+    embed: Embed, params: Any, extra: Any, batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+) -> Embedded:
+    """Features and columns of all rows whose `mask` is True. Every process gets all of them.
+
+    Only images, vectors and masks reach `embed`: it cannot see a label. ValueError where an id comes twice or a feature
+    is not finite.
+    """
+    jitted = jax.jit(embed, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    features: list[dict[str, np.ndarray]] = []
+    rows: list[dict[str, np.ndarray]] = []
+    for batch in batches:
+        seen = {name: array for name, array in batch.items() if array.ndim > 1 or name.endswith("mask")}
+        placed = sharding.put(seen | {"id": batch["id"]}, mesh)
+        order = placed.pop("id")
+        if jax.process_count() > 1:
+            order = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(order)
+        out = jitted(params, extra, placed)
+        features.append(
+            {name: np.asarray(value, np.float32) for name, value in out.items()} | {"id": np.asarray(order)}
+        )
+        rows.append({name: array for name, array in batch.items() if array.ndim == 1})
+    if not rows:
+        raise ValueError("there is nothing to embed: the stream has no batch")
+    of_device = _by_id({name: np.concatenate([f[name] for f in features]) for name in features[0]})
+    of_host = _by_id({name: _everywhere(np.concatenate([r[name] for r in rows])) for name in rows[0]})
+    ids = of_host.pop("id")
+    assert np.array_equal(ids, of_device.pop("id")), "rows of features and columns differ"
+    for name, values in of_device.items():
+        if not np.isfinite(values).all():
+            bad = ids[~np.isfinite(values).all(tuple(range(1, values.ndim)))]
+            raise ValueError(f"features {name!r} of {len(bad)} tiles are not finite, the first {bad[:5].tolist()}")
+    return Embedded(of_device, ids, {name: v for name, v in of_host.items() if not name.endswith("mask")})
+
+
+def colour_statistics(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """In place of Method.embed, the least that any encoder should beat: mean, spread and percentiles of the colours."""
+    he = batch["he"].astype(jnp.float32).reshape(len(batch["he"]), -1, 3) / 255
+    parts = [he.mean(1), he.std(1), *jnp.percentile(he, jnp.array([10.0, 50.0, 90.0]), 1)]
+    return {"he": jnp.concatenate(parts, 1)}
+
+
+def embed_set(
+    embed: Embed,
+    params: Any,
+    extra: Any,
+    tileset: "TileSet",
+    mesh: Mesh,
+    *,
+    batch: int,
+    split: str | None = None,
+    partners: tuple[str, ...] = (),
+    stall_timeout: float | None = 300,
+) -> Embedded:
+    """Every tile of a split, with all columns of the tile set; slide and case as names.
+
+    `partners` are decoded and given to embed; leave them out unless the method needs them (an upper bound that sees
+    the partner at inference).
+    """
+    from input_pipeline.stream import eval_stream
+
+    host = (jax.process_index(), jax.process_count())
+    options: dict[str, Any] = {"batch": batch, "split": split, "partners": partners, "host": host}
+    with eval_stream(tileset, stall_timeout=stall_timeout, **options) as batches:
+        found = embed_pass(embed, params, extra, batches, mesh)
+    expected = tileset.ids(split)
+    if not np.array_equal(found.ids, expected):
+        raise ValueError(f"{len(found)} of {len(expected)} tiles were embedded; verify the tile set")
+    columns: dict[str, np.ndarray] = {name: np.asarray(v[found.ids]) for name, v in tileset.tiles.items()}
+    columns |= {"slide": np.array(tileset.slides)[columns["slide"]], "case": np.array(tileset.cases)[columns["case"]]}
+    return replace(found, columns=columns)
+
+
+def _by_id(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Padding has id -1."""
+    ids = rows["id"]
+    kept = np.flatnonzero(ids >= 0)
+    kept = kept[np.argsort(ids[kept], kind="stable")]
+    unique, counts = np.unique(ids[kept], return_counts=True)
+    if len(unique) < len(kept):
+        raise ValueError(
+            f"tiles {unique[counts > 1][:5].tolist()} came more than once: evaluate on an evaluation stream"
+        )
+    return {name: array[kept] for name, array in rows.items()}
+
+
+def _everywhere(array: np.ndarray) -> np.ndarray:
+    """All processes' rows, bit by bit (jax would narrow 64-bit columns)."""
+    if jax.process_count() == 1:
+        return array
+    raw = np.ascontiguousarray(array).view(np.uint8).reshape(len(array), -1)
+    return np.ascontiguousarray(multihost_utils.process_allgather(raw, tiled=True)).view(array.dtype)[:, 0]
