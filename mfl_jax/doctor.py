@@ -1,4 +1,4 @@
-"""`mfl doctor`: what this machine has, what is missing, and the command that mends it."""
+"""`mfl doctor`: what this machine has, what is missing, and the command that mends it (to be run in the clone)."""
 
 import importlib.metadata
 import os
@@ -12,11 +12,11 @@ import psutil
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy", "scipy", "Pillow")
 PIPELINE = ("tifffile", "imagecodecs", "google-crc32c", "tensorflow-datasets")
 OPTIONAL = {
-    "openslide-python": ("MRXS and what tifffile cannot read", "pip install 'mfl_jax[openslide]'"),
-    "pydicom": ("DICOM slides", "pip install 'mfl_jax[dicom]'"),
-    "SimpleITK": ("transforms that ITK wrote", "pip install 'mfl_jax[itk]'"),
-    "apache-beam": ("tiling on a cluster", "pip install 'mfl_jax[beam]'"),
-    "submitit": ("sweeps on Slurm", "pip install 'mfl_jax[slurm]'"),
+    "openslide-python": ("MRXS and what tifffile cannot read", "pip install -e '.[openslide]'"),
+    "pydicom": ("DICOM slides", "pip install -e '.[dicom]'"),
+    "SimpleITK": ("transforms that ITK wrote", "pip install -e '.[itk]'"),
+    "apache-beam": ("tiling on a cluster", "pip install -e '.[beam]'"),
+    "submitit": ("sweeps on Slurm", "pip install -e '.[slurm]'"),
 }
 
 
@@ -30,7 +30,7 @@ def report(folder: Path = Path()) -> tuple[list[str], bool]:
         if version is None:
             faults.append(f"{name} is missing: pip install '{name}' (or reinstall: pip install -e .)")
     tensorflow = _version("tensorflow-cpu") or _version("tensorflow")
-    lines.append(f"{'tensorflow':<24}{tensorflow or 'absent: streams run on threads instead of tf.data'}")
+    lines.append(f"{'tensorflow':<24}{tensorflow or 'absent (streams run on threads): pip install tensorflow-cpu'}")
     for name, (use, command) in OPTIONAL.items():
         lines.append(f"{name:<24}{_version(name) or f'absent ({use}): {command}'}")
     lines += _devices(faults) + _machine(folder)

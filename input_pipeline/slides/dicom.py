@@ -30,7 +30,7 @@ def load(path: Path) -> Stored:
     try:
         import pydicom
     except ImportError:
-        raise UnsupportedFormatError("DICOM needs pydicom: pip install 'mfl-jax[dicom]'") from None
+        raise UnsupportedFormatError("DICOM needs pydicom: pip install -e '.[dicom]' (in the clone)") from None
 
     with path.open("rb") as file:
         first = pydicom.dcmread(file, stop_before_pixels=True)

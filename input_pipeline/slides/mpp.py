@@ -14,7 +14,7 @@ from input_pipeline.slides.errors import SlideError
 
 LOWEST, HIGHEST = 0.05, 10.0
 ANISOTROPY = 0.02
-WAY_OUT = "give it with --mpp, in the cohort's mpp column (mpp_he, mpp_<partner>), or as mpp= or default_mpp="
+WAY_OUT = "give it in the cohort's column mpp_he or mpp_<partner>, with --default-mpp, or as mpp= or default_mpp="
 
 UM_PER_UNIT = {
     "m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "nm": 1e-3, "pm": 1e-6,

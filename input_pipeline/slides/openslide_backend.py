@@ -14,7 +14,7 @@ from input_pipeline.slides.errors import SlideError
 from input_pipeline.slides.mpp import Candidate, physical
 from input_pipeline.slides.segments import Clock, Stored
 
-INSTALL = "pip install 'mfl-jax[openslide]'"
+INSTALL = "pip install -e '.[openslide]' (in the clone)"
 
 
 def library() -> ModuleType | None:

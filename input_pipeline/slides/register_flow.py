@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from input_pipeline.slides.mpp import WAY_OUT
 from input_pipeline.slides.reader import Slide
 from input_pipeline.slides.similarity import is_brightfield, local_shifts, nuclear_density
 from input_pipeline.slides.transform import Transform
@@ -50,7 +51,7 @@ class View:
 
 def view(slide: Slide, channel: int | None, role: str) -> View:
     if slide.mpp is None:
-        raise ValueError(f"{slide.path}: no micrometres per pixel, so {role} cannot be registered; pass --mpp")
+        raise ValueError(f"{slide.path}: mpp unknown, so {role} cannot be registered; {WAY_OUT}")
     if channel is not None and not 0 <= channel < slide.channels:
         raise ValueError(f"{slide.path}: channel {channel} of {slide.channels}; allowed: 0 to {slide.channels - 1}")
     thumbnail = slide.thumbnail(256)

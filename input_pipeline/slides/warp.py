@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from input_pipeline.slides.mpp import WAY_OUT
 from input_pipeline.slides.transform import Transform
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def sample_partner(
     if order not in ("linear", "nearest"):
         raise ValueError(f"order is 'linear' or 'nearest', not {order!r}")
     if partner.mpp is None:
-        raise ValueError(f"{partner.path}: no micrometres per pixel, so it cannot be aligned; pass --mpp")
+        raise ValueError(f"{partner.path}: mpp unknown, so it cannot be aligned; {WAY_OUT}")
     width, height = (size_px, size_px) if isinstance(size_px, int) else size_px
     columns, rows = _edges(width, mpp, transform), _edges(height, mpp, transform)
     grid = np.stack(np.meshgrid(columns, rows), axis=-1) * mpp + np.asarray(he_xy_um, np.float64)

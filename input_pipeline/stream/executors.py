@@ -5,6 +5,7 @@ one stops its workers and waits for what they have in hand.
 """
 
 import contextlib
+import os
 import threading
 import traceback
 from collections import deque
@@ -85,6 +86,7 @@ def tf_dataset(work: Work, first: int, stop: int, *, workers: int, ahead: int):
 
 def tfdata(work: Work, first: int, stop: int, *, workers: int, ahead: int) -> Done:
     """Imports tensorflow here and now, not in the first batch, where it would count as a stall."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else every start prints what the CPU can do
     import tensorflow as tf
 
     with contextlib.suppress(RuntimeError):  # already initialised: then it is the user's own choice

@@ -248,7 +248,7 @@ def test_without_mpp_pixels_are_read_and_scale_is_refused(tmp_path, image):
         assert slide.mpp is None
         np.testing.assert_array_equal(slide.read_native(0, 5, 6, 7, 8), image[6:14, 5:12])
         assert slide.thumbnail(100).shape == (60, 100, 3)
-        with pytest.raises(SlideError, match=r"bare\.tif: mpp unknown.*--mpp.*default_mpp="):
+        with pytest.raises(SlideError, match=r"bare\.tif: mpp unknown.*--default-mpp.*default_mpp="):
             slide.read_region(0, 0, 8, 8, 0.5)
     with open_slide(path, default_mpp=0.25) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.25, "default")

@@ -90,7 +90,7 @@ def test_a_slide_says_what_it_is(real_data, expected):
         assert slide.is_rgb == (expected.channels == RGB)
         if expected.mpp[0] is None:
             assert ABSURD.get(expected.name, "") in slide.mpp_reason
-            with pytest.raises(SlideError, match="--mpp"):
+            with pytest.raises(SlideError, match="--default-mpp"):
                 slide.read_region(0, 0, 8, 8, 0.5)
 
 

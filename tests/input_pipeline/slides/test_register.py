@@ -194,7 +194,7 @@ def test_what_cannot_be_registered_is_refused(tmp_path, if_pair):
     with pytest.raises(ValueError, match="allowed: 0 to"):
         register(if_pair.he, if_pair.partner, channel=9)
     tifffile.imwrite(tmp_path / "no_mpp.tif", np.zeros((64, 64, 3), np.uint8), photometric="rgb")
-    with open_slide(tmp_path / "no_mpp.tif") as slide, pytest.raises(ValueError, match="--mpp"):
+    with open_slide(tmp_path / "no_mpp.tif") as slide, pytest.raises(ValueError, match="--default-mpp"):
         register(if_pair.he, slide)
 
 
