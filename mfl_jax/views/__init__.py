@@ -56,7 +56,7 @@ class View:
     @property
     def out_channels(self) -> int:
         if self.kind != "map":
-            return self.channels
+            return 1 if any(c.name == "only" for c in self.calls) else self.channels
         return int(sum(encoded_channels(c.name, c.args) for c in self.calls if c.name in MAP))
 
     def __call__(
@@ -190,8 +190,10 @@ def _with_statistics(call: Call, channels: int, kind: str, mean: Statistic, std:
 def _check_channels(call: Call, op: Op, kind: str, channels: int) -> None:
     if op.channels is not None and op.channels != channels:
         raise ViewError(f"'{call.name}' is for {op.channels} channels (RGB); this view has {channels}")
-    if kind == "map" and op.stage == "encode" and call.args["channel"] >= channels:
-        raise ViewError(f"'{call.name}' reads channel {call.args['channel']:g} of a map that has {channels}")
+    if (op.stage == "encode" or call.name == "only") and kind != "vector" and call.args["channel"] >= channels:
+        raise ViewError(
+            f"'{call.name}' reads channel {call.args['channel']:g} of {'a map' if kind == 'map' else 'an image'} that has {channels}"
+        )
     for name, value in call.values:
         if isinstance(value, tuple) and len(value) not in (1, channels) and kind == "image":
             raise ViewError(

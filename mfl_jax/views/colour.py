@@ -193,6 +193,12 @@ def drop(params: Params, image: jax.Array, args: Params) -> jax.Array:
     return jnp.where(params["keep"], image, 0.0)
 
 
+def only(params: Params, image: jax.Array, args: Params) -> jax.Array:
+    """One channel alone. A partner whose other channels show what the H&E shows anyway teaches less with them."""
+    channel = int(args["channel"])
+    return image[..., channel : channel + 1]
+
+
 def scale(params: Params, image: jax.Array, args: Params) -> jax.Array:
     """Fixed levels in the image's own units: black becomes 0 and white 1, beyond them all is cut."""
     black, white = (per_channel(args[name], image.shape[-1]) for name in ("black", "white"))
@@ -241,6 +247,7 @@ NORMALISE = Op(
 )
 
 COLOUR = {
+    "only": Op("scale", (Arg("channel", 0.0, 0.0, 255.0, integer=True),), nothing, only),
     "scale": Op(
         "scale",
         (Arg("white", (65535.0,), 1e-6, 1e9, many=True), Arg("black", (0.0,), 0.0, 1e9, many=True)),

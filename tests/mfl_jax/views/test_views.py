@@ -221,3 +221,12 @@ def test_the_contact_sheet_shows_every_modality_and_view(tmp_path):
     for column in range(3):  # stored, and two views from which the normalisation is taken back
         left = gap + column * (cell + gap)
         assert np.abs(pixels[header : header + cell, left : left + cell].astype(int) - 200).max() <= 1
+
+
+def test_only_takes_one_channel_and_refuses_one_that_is_not_there():
+    images = np.random.default_rng(0).integers(0, 60000, (3, 8, 8, 4)).astype(np.uint16)
+    view = parse("centre|only(2)|scale(60000)", size=8, channels=4)
+    assert view.out_channels == 1
+    np.testing.assert_allclose(view(jax.random.key(0), images), images[..., 2:3] / 60000, atol=1e-5)
+    with pytest.raises(ValueError, match="reads channel 4 of an image that has 4"):
+        parse("centre|only(4)", size=8, channels=4)
