@@ -191,9 +191,8 @@ def _check_channels(call: Call, op: Op, kind: str, channels: int) -> None:
     if op.channels is not None and op.channels != channels:
         raise ViewError(f"'{call.name}' is for {op.channels} channels (RGB); this view has {channels}")
     if (op.stage == "encode" or call.name == "only") and kind != "vector" and call.args["channel"] >= channels:
-        raise ViewError(
-            f"'{call.name}' reads channel {call.args['channel']:g} of {'a map' if kind == 'map' else 'an image'} that has {channels}"
-        )
+        what = "a map" if kind == "map" else "an image"
+        raise ViewError(f"'{call.name}' reads channel {call.args['channel']:g} of {what} that has {channels}")
     for name, value in call.values:
         if isinstance(value, tuple) and len(value) not in (1, channels) and kind == "image":
             raise ViewError(
