@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,7 +64,9 @@ def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     return placed
 
 
-def prefetch(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, depth: int = 2) -> Iterator[dict[str, Any]]:
+def prefetch(
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, depth: int = 2
+) -> Generator[dict[str, Any], None, None]:
     """Batches on the devices, up to `depth` of them besides the one in use; transfers run while the step computes.
 
     Closes its source when it ends, is closed, or fails. The source is ahead of the consumer by what is held here, so a
@@ -91,7 +93,7 @@ def place(shapes: Any, mesh: Mesh, rules: Sequence[tuple[str, Sequence[str | Non
 
     A rule is (pattern, axis of the mesh or None for each axis of the leaf), e.g. ('.*kernel', (None, 'fsdp')). A leaf
     that the axis does not divide is kept whole: statistics and counters have no use for being split. The axis may be
-    `data` itself: every device then keeps its part of the parameters and of the optimiser, and gathers when it computes.
+    `data` itself: every device then keeps its part of parameters and optimiser, and gathers when it computes.
     """
     names = {name: leaf.ndim for name, leaf in trees.named_leaves(shapes).items()}
     for pattern, axes in rules:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from mfl_jax.sharding import batch_sharding, make_mesh, prefetch, put
+from mfl_jax.sharding import batch_sharding, make_mesh, place, prefetch, put
 
 EIGHT = """
 import jax, jax.numpy as jnp, numpy as np
@@ -117,3 +118,21 @@ def test_a_mesh_without_data_and_one_that_does_not_fit_are_refused():
         make_mesh({"data": 10**6})
     with pytest.raises(ValueError, match="one axis may be -1"):
         make_mesh({"data": -1, "model": -1})
+
+
+def test_rules_place_the_state_by_name_and_a_rule_of_no_use_is_refused():
+    mesh = make_mesh()
+    shapes = {
+        "enc": {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.float32), "bias": jax.ShapeDtypeStruct((6,), jnp.float32)}
+    }
+    placed = place(shapes, mesh, [(".*/kernel", (None, "data"))])
+    assert placed["enc"]["kernel"].spec == PartitionSpec(None, "data")
+    assert placed["enc"]["bias"].spec == PartitionSpec()
+    assert place(shapes, mesh, [])["enc"]["kernel"].spec == PartitionSpec()
+    for rule, message in (
+        ((".*/kernal", (None, "data")), "matches no leaf of 2 axes.*'enc/kernel'"),
+        ((".*/kernel", ("data",)), "matches no leaf of 1 axes"),
+        ((".*/kernel", (None, "fsdp")), "names .*fsdp.*mesh has .*data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place(shapes, mesh, [rule])

@@ -1,0 +1,127 @@
+"""Parts that configs share. A config is explicit: what it does not say does not exist, so these return whole parts."""
+
+from ml_collections import ConfigDict
+
+
+def data(tileset: str, *, batch: int, partners: tuple[str, ...] = (), columns: tuple[str, ...] = ()) -> ConfigDict:
+    return ConfigDict(
+        {
+            "tileset": tileset,  # folder that `mfl pack` wrote
+            "split": "train",
+            "batch": batch,  # global: over all hosts and devices
+            "partners": partners,  # those that are read; the others are not even decoded
+            "columns": columns,  # of the tile set, beside label, slide and case
+            "near_um": 0.0,  # above 0 every tile comes with one so near
+            "balance": "",  # '', 'case' or 'slide'
+            "on_bad": "raise",  # or 'replace'
+            "stall_timeout": 300.0,
+        }
+    )
+
+
+def loop(*, every: int, log_every: int = 10) -> dict:
+    """What is the same in all experiments, whatever they train."""
+    return {
+        "seed": 0,
+        "dtype": "float32",
+        "accumulate": 1,  # slices of the batch, one after another; each is normalised, and contrasted, by itself
+        "ema": 0.0,  # above 0 (0.999): evaluators see a moving average of the parameters
+        "mesh": ConfigDict({"data": -1}),
+        # (pattern of a leaf, axes of the mesh), first match; empty keeps everything whole on every device, while
+        # (('.*kernel', (None, 'data')), ('.*kernel', (None, None, None, 'data'))) splits dense layers and convolutions
+        "sharding": (),
+        "log_every": log_every,
+        "checkpoint": ConfigDict({"every": every, "keep": 2, "keep_every": 0}),
+        "profile_at": -1,  # a step: it and the two after it are traced into workdir/profile
+        "writers": (),  # 'tensorboard', 'wandb'; metrics.jsonl is always written
+        "evals": ConfigDict(),
+    }
+
+
+HE = "sides(.75,1)|flip|rotate(20)|jitter(.4,.4,.4,.1,p=.8)|hed(.05)|normalise"
+DENSE = {  # training views of the partners that the phantom draws and real cohorts have
+    "if": "sides(.75,1)|flip|rotate(20)|percentile|gain(.2)",
+    "ihc": "sides(.75,1)|flip|rotate(20)|jitter(.4,.4,.4,.1,p=.8)|normalise",
+    "nuclei": "sides(.75,1)|flip|rotate(20)|onehot(8,channel=1)|boundary",
+    "counts": "log1p|genedrop|permute|noise",
+}
+DENSE_EVAL = {
+    "if": "centre|percentile",
+    "ihc": "centre|normalise",
+    "nuclei": "centre|onehot(8,channel=1)|boundary",
+    "counts": "log1p",
+}
+SIZES = ("phantom", "tiny")
+TINY = {name: view.replace("centre", "flip") for name, view in {"he": "flip|normalise", **DENSE_EVAL}.items()}
+
+
+def words(arg: str, known: tuple[str, ...], name: str) -> set[str]:
+    """The words after the colon, each of them known; at most one says the size."""
+    given = set(arg.split(",")) - {""}
+    if unknown := given - {*SIZES, *known}:
+        raise ValueError(f"configs/{name}.py knows {', '.join((*SIZES, *known))}, not {', '.join(sorted(unknown))}")
+    if len(given & set(SIZES)) > 1:
+        raise ValueError(f"configs/{name}.py takes one of {', '.join(SIZES)}")
+    return given
+
+
+def one_of(given: set[str], choices: tuple[str, ...], what: str) -> str:
+    """The one of the choices that was given; the first where none was."""
+    chosen = [choice for choice in choices if choice in given]
+    if len(chosen) > 1:
+        raise ValueError(f"the {what} is one of {', '.join(choices)}, not {' and '.join(chosen)}")
+    return chosen[0] if chosen else choices[0]
+
+
+def sized(config: ConfigDict, given: set[str]) -> None:
+    """What the words 'phantom' and 'tiny' make smaller; what the methods' own options say is theirs to shrink."""
+    if "tiny" in given:
+        config.total, config.optim.warmup, config.optim.lr = ConfigDict({"steps": 2}), "0 steps", 1e-3
+        config.data.batch, config.views.size = 8, 16
+        for name in set(config.views) & set(TINY):  # views take longer to compile than all else
+            config.views[name] = ("2*" if config.views[name].startswith("2*") else "") + TINY[name]
+    elif "phantom" in given:
+        config.total, config.optim.lr = ConfigDict({"epochs": 10}), 1e-3
+        config.views.size = 64
+
+
+def encoder(given: set[str], kind: str = "image") -> str:
+    """Of the H&E and of partners that are pictures: the paper's, a convnet that is fast on a CPU, or hardly any.
+
+    BatchNorm is over the global batch. To imitate a paper that had one per device, 'resnet50,bn_groups=8' normalises 8
+    runs of neighbouring rows by themselves (a projector takes bn_groups too). 'resnet50,remat' and 'vit_s16,remat' keep
+    no activations within blocks: less memory for a third more time.
+    """
+    if kind == "vector":
+        return "mlp,widths=8-8" if "tiny" in given else "mlp,widths=512-512"
+    return "compact,widths=8" if "tiny" in given else "compact" if "phantom" in given else "resnet50"
+
+
+def dense_encoder(given: set[str], partner: str) -> str:
+    return encoder(given, "vector" if partner == "counts" else "image")
+
+
+def projector(given: set[str]) -> str:
+    widths = "16-16" if "tiny" in given else "128-128" if "phantom" in given else "8192-8192-8192"
+    return f"projector,widths={widths},bn"
+
+
+def tileset(given: set[str]) -> str:
+    return "demo/set" if given & set(SIZES) else "data/set"
+
+
+def objective(name: str = "info_nce", *, temperature: float = 0.1) -> dict:
+    """The options of a joint-embedding objective; only those it has."""
+    return {
+        "info_nce": {
+            "objective": "info_nce",
+            "temperature": temperature,
+            "learn_temperature": False,
+            "mask_same_slide": False,  # tiles of a slide are no negatives of each other
+            "block": 0,  # above 0: logits exist this many columns at a time, and memory is linear in the batch
+        },
+        "vicreg": {"objective": "vicreg", "released_balance": False},
+        "barlow": {"objective": "barlow", "redundancy": 5e-3},
+        "byol": {"objective": "byol", "momentum": 0.996, "predictor": "predictor,hidden=512"},
+        "simsiam": {"objective": "simsiam", "predictor": "predictor,hidden=512"},
+    }[name]

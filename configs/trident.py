@@ -1,0 +1,47 @@
+"""TriDeNT (arXiv 2312.02111): two views of the H&E and the dense partner, all pairs of branches agree.
+
+    mfl train --config=configs/trident.py:phantom --workdir=runs/trident     # the phantom of `make demo`
+    mfl train --config=configs/trident.py:ihc --workdir=runs/trident         # the paper's setting, on your own tile set
+
+''            224 px, ResNet-50, projector 8192x3, VICReg, Adam 1e-4 with 10 % warm-up, batch 256, 100 epochs (paper).
+              One accelerator with 80 GB, or accumulate=2; time not yet measured.
+phantom       64 px, a compact convnet, 10 epochs: two CPU cores; time not yet measured.
+tiny          two steps of almost nothing, for tests.
+Words         partner: if (default), ihc, nuclei, counts; loss: vicreg (default), info_nce (temperature 0.5), barlow.
+Expect        paper: above MFL where the partner says little, near it elsewhere. Here: not yet measured.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+PARTNERS = ("if", "ihc", "nuclei", "counts")
+LOSSES = ("vicreg", "info_nce", "barlow")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    given = common.words(arg, (*PARTNERS, *LOSSES), "trident")
+    partner = common.one_of(given, PARTNERS, "partner")
+    small = bool(given & set(common.SIZES))
+    config = ConfigDict(common.loop(every=200 if small else 1000))
+    config.name, config.method = "trident", "trident"
+    config.data = common.data(common.tileset(given), batch=128 if small else 256, partners=(partner,))
+    config.total = ConfigDict({"epochs": 100})
+    config.encoder = common.encoder(given)
+    config.views = ConfigDict({"he": f"2*{common.HE}", partner: common.DENSE[partner], "eval": "centre|normalise"})
+    config.views.size, config.views.paired_geometry = 224, False
+    config.trident = ConfigDict(common.objective(common.one_of(given, LOSSES, "loss"), temperature=0.5))
+    config.trident.partner, config.trident.encoder = partner, common.dense_encoder(given, partner)
+    config.trident.projector = common.projector(given)
+    config.optim = ConfigDict({"name": "adam", "lr": 1e-4, "schedule": "cosine", "warmup": "10%"})
+    common.sized(config, given)
+    return config
+
+
+def sweep() -> Iterator[str]:
+    """What is after the colon, one run each: every partner, three seeds."""
+    for seed in range(3):
+        for partner in PARTNERS:
+            yield f"{partner},seed={seed}"

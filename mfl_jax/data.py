@@ -1,0 +1,125 @@
+"""From a tile set on disk to what methods must know of it, and to its stream of batches."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+
+from mfl_jax import sharding
+from mfl_jax.views import Modality
+
+if TYPE_CHECKING:
+    from input_pipeline.tileset import TileSet
+
+COLUMNS = ("label", "slide", "case")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is the same in every batch of a tile set: enough to build a method and its shapes, with no tile read."""
+
+    size: int
+    mpp: float
+    modalities: dict[str, Modality]  # 'he' and the partners that are read
+    shapes: dict[str, tuple[tuple[int, ...], str]]  # entry of the batch -> shape without the rows, dtype
+    label_names: tuple[str, ...]
+    examples: int
+
+
+def open_set(path: str) -> "TileSet":
+    from input_pipeline.tileset import TileSet
+
+    return TileSet.open(path)
+
+
+def facts(reading: Any) -> Facts:
+    """Of the `data` part of a config; reads the manifest and the index only."""
+    tileset = open_set(reading.tileset)
+    wanted = tuple(reading.partners)
+    known = {p.name: p for p in tileset.spec.partners}
+    if missing := [name for name in wanted if name not in known]:
+        raise ValueError(f"data.partners names {missing}; {reading.tileset} has {sorted(known)}")
+    size = tileset.spec.size
+    modalities = {"he": Modality()}
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": ((size, size, 3), "uint8")}
+    for name in wanted:
+        partner = known[name]
+        channels = partner.length if partner.kind == "vector" else partner.channels
+        modalities[name] = Modality(partner.kind, channels or 0)
+        shapes[name] = (tileset.spec.shape(partner), partner.dtype)
+        shapes[f"{name}_mask"] = ((), "bool")
+    if reading.near_um:
+        shapes |= {"near_he": shapes["he"], "near_mask": ((), "bool")}
+    shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
+    shapes |= {name: ((), _narrow(tileset.tiles[name].dtype)) for name in (*COLUMNS, *reading.columns)}
+    return Facts(size, tileset.spec.mpp, modalities, shapes, tileset.spec.label_names, len(tileset.ids(reading.split)))
+
+
+def _narrow(dtype: np.dtype) -> str:
+    return str(jax.dtypes.canonicalize_dtype(dtype))
+
+
+class Source(Protocol):
+    """Where batches come from: dicts of host arrays, one global step after another, from the step it is asked for.
+
+    What it returns may have `state()`, which is saved and handed back on resume, `overridden` (what differs from that
+    state on purpose, a tuple of text) and `close()`.
+    """
+
+    def __call__(self, step: int, state: Mapping[str, Any] | None) -> Iterator[dict[str, np.ndarray]]: ...
+
+
+def source(reading: Any, seed: int, override: bool = False) -> Source:
+    """(step, saved state) -> this host's stream from that step on."""
+    from input_pipeline.stream import train_stream
+
+    options: dict[str, Any] = {"batch": reading.batch, "split": reading.split, "balance": reading.balance or None}
+    options |= {"near_um": reading.near_um or None, "partners": tuple(reading.partners), "on_bad": reading.on_bad}
+    options |= {"columns": (*COLUMNS, *reading.columns), "stall_timeout": reading.stall_timeout}
+    tileset = open_set(reading.tileset)
+
+    def start(step: int, state: Mapping[str, Any] | None) -> Iterator[dict[str, np.ndarray]]:
+        host = (jax.process_index(), jax.process_count())
+        place: dict[str, Any] = {"state": state, "override": override} if state else {"start_step": step}
+        return train_stream(tileset, seed=seed, host=host, **options, **place)
+
+    return start
+
+
+def abstract_batch(facts: Facts, batch: int, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    places = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=places)
+        for name, (shape, dtype) in facts.shapes.items()
+    }
+
+
+def checked(stream: Iterator[dict[str, np.ndarray]], facts: Facts, batch: int) -> Iterator[dict[str, np.ndarray]]:
+    """The entries that facts name, each of the shape that the step was compiled for; the others stay on the host."""
+    rows = batch // jax.process_count()
+    for given in stream:
+        kept = {}
+        for name, (shape, dtype) in facts.shapes.items():
+            if name not in given:
+                raise ValueError(f"the source gives no {name!r}, only {sorted(given)}")
+            array = np.asarray(given[name])
+            if array.shape != (rows, *shape) or _narrow(array.dtype) != dtype:
+                raise ValueError(
+                    f"{name!r} is {array.dtype}{list(array.shape)} in a batch, expected {dtype}{[rows, *shape]}"
+                )
+            kept[name] = array
+        yield kept
+
+
+def total_steps(reading: Any, batch: int, examples: int) -> int:
+    """The length of a run; exactly one of steps, epochs, examples is given."""
+    given = dict(reading.items())
+    if len(given) != 1 or next(iter(given)) not in ("steps", "epochs", "examples"):
+        raise ValueError(f"total holds exactly one of steps, epochs, examples, not {given}")
+    unit, amount = next(iter(given.items()))
+    if not amount > 0:
+        raise ValueError(f"total.{unit} is {amount}; it must be above 0")
+    per_step = {"steps": 1.0, "epochs": batch / examples, "examples": batch}[unit]
+    return max(1, round(amount / per_step))

@@ -1,0 +1,110 @@
+"""From a tile set to facts and batches, and the refusal to go on with another one."""
+
+import shutil
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from mfl_jax import config as configs
+from mfl_jax import data, metrics, sharding, train
+from mfl_jax.views import Modality
+from tests.input_pipeline.tileset import samples
+from tests.mfl_jax import synthetic, toy
+
+
+def reading(**values) -> configs.Reading:
+    return configs.Reading(ConfigDict(values))
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [({"steps": 7}, 7), ({"epochs": 2}, 25), ({"examples": 31}, 4), ({"steps": 0.2}, 1)]
+)
+def test_the_length_of_a_run(given, steps):
+    assert data.total_steps(reading(**given), 8, 100) == steps
+
+
+@pytest.mark.parametrize("given", [{}, {"steps": 1, "epochs": 1}, {"step": 1}, {"steps": 0}, {"epochs": -1}])
+def test_a_length_is_given_once_and_above_zero(given):
+    with pytest.raises(ValueError, match="total"):
+        data.total_steps(reading(**given), 8, 100)
+
+
+def test_a_batch_is_as_wide_as_the_facts_say():
+    facts = synthetic.facts(common.data("x", batch=8, partners=("if", "counts"), columns=("age",)))
+    abstract = data.abstract_batch(facts, 8, sharding.make_mesh())
+    made = synthetic.batch(facts, 0)
+    assert {n: (a.shape, str(a.dtype)) for n, a in abstract.items()} == {
+        n: (a.shape, str(a.dtype)) for n, a in made.items()
+    }
+    (kept,) = data.checked(iter([made | {"near_id": np.zeros(8)}]), facts, 8)
+    assert kept.keys() == facts.shapes.keys()
+    with pytest.raises(ValueError, match=r"'age' is int32\[8\] in a batch, expected float32\[8\]"):
+        next(data.checked(iter([made | {"age": np.zeros(8, np.int32)}]), facts, 8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return samples.write_set(tmp_path / "set")
+
+
+def config(folder, **more) -> ConfigDict:
+    made = toy.config(**more)
+    made.data = common.data(str(folder), batch=4, partners=("markers", "genes", "nuclei"), columns=("fraction",))
+    return made
+
+
+def test_facts_are_those_of_the_batches_that_come(folder):
+    part = configs.Reading(config(folder)).data
+    facts = data.facts(part)
+    assert (facts.size, facts.mpp, facts.label_names, facts.examples) == (samples.SIZE, 0.5, ("no", "yes"), 7)
+    assert facts.modalities["markers"] == Modality("image", 4)
+    assert facts.modalities["genes"] == Modality("vector", 5)
+    assert facts.modalities["nuclei"] == Modality("map", 1)
+    stream = data.source(part, 0)(3, None)
+    try:
+        batch = next(data.checked(stream, facts, 4))
+        assert stream.state()["step"] == 4
+    finally:
+        stream.close()
+    placed = sharding.put(batch, sharding.make_mesh())
+    abstract = data.abstract_batch(facts, 4, sharding.make_mesh())
+    assert {n: (a.shape, a.dtype) for n, a in placed.items()} == {n: (a.shape, a.dtype) for n, a in abstract.items()}
+
+
+def test_near_tiles_come_with_the_batch_when_asked(folder):
+    near = config(folder)
+    near.data.near_um = 100.0
+    part = configs.Reading(near).data
+    stream = data.source(part, 0)(0, None)
+    try:
+        batch = next(data.checked(stream, data.facts(part), 4))
+    finally:
+        stream.close()
+    assert batch["near_he"].shape == batch["he"].shape
+    assert batch["near_mask"].dtype == bool
+
+
+def test_a_partner_that_the_set_does_not_have_is_named(folder):
+    wrong = config(folder)
+    wrong.data.partners = ("marker",)
+    with pytest.raises(ValueError, match=r"\['marker'\].*markers"):
+        data.facts(configs.Reading(wrong).data)
+
+
+@pytest.mark.usefixtures("toy_method", "compile_cache")
+def test_a_run_goes_on_with_the_tile_set_it_was_started_with_wherever_that_is(folder, tmp_path):
+    whole = train.train(config(folder), tmp_path / "whole", progress=False)
+    run = tmp_path / "run"
+    train.train(config(folder), run, progress=False, stop_at=3)
+    moved = shutil.move(folder, tmp_path / "moved")
+    synthetic.assert_same(whole, train.train(config(moved), run, progress=False))
+
+    other, fresh = samples.write_set(tmp_path / "other", splits={"train": ["case-2"]}), tmp_path / "fresh"
+    train.train(config(moved), fresh, progress=False, stop_at=3)
+    with pytest.raises(ValueError, match=r"tile set: '.*' -> '.*'.*override"):
+        train.train(config(other), fresh, progress=False)
+    assert int(train.train(config(other), fresh, progress=False, override=True).step) == 6
+    (note,) = [row for row in metrics.read(fresh / "metrics.jsonl") if "tile set: " in str(row)]
+    assert "changed" in note["note"]
