@@ -1,19 +1,22 @@
-"""What is known of places on a slide (cells, regions), turned into columns of its tiles."""
+"""What is known of places on a slide (cells, regions, spots), turned into columns or vectors of its tiles."""
 
-import csv
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from input_pipeline.slides.reader import open_slide
+from input_pipeline.table import open_table
 
 MAP_PIXELS = 64_000_000
+CHUNK = 50_000  # fields that are in memory as text at a time
 SPOT_PLACE = ("x_um", "y_um")
 
 
 def cell_columns(path: Path, corner_um: np.ndarray, side_um: float) -> dict[str, np.ndarray]:
-    """`cells`, how many have their centre in the tile, and `positive`, the share of them that is (nan where none are).
+    """`cells`, how many have their centre in the tile, and `positive`, the share that is, of those of which it is known
+    (nan where of none; an empty field or nan is not known).
 
     A cell on a border belongs to the right and lower tile, so each is counted once on a grid without overlap.
     """
@@ -21,18 +24,22 @@ def cell_columns(path: Path, corner_um: np.ndarray, side_um: float) -> dict[str,
     order = np.argsort(table["y_um"], kind="stable")
     x, y = table["x_um"][order], table["y_um"][order]
     positive = table["positive"][order] if "positive" in table else np.full(len(x), np.nan)
+    if ((positive < 0) | (positive > 1)).any():
+        raise ValueError(
+            f"{path}: positive is 0 to 1, or empty, but there are {np.nanmin(positive)} to {np.nanmax(positive)}"
+        )
+    known = ~np.isnan(positive)
     count, share = np.zeros(len(corner_um), np.int64), np.full(len(corner_um), np.nan)
     for row_y in np.unique(corner_um[:, 1]):
         tiles = np.flatnonzero(corner_um[:, 1] == row_y)
         low, high = np.searchsorted(y, (row_y, row_y + side_um))
-        by_x = np.argsort(x[low:high], kind="stable")
-        across = x[low:high][by_x]
-        summed = np.concatenate([[0.0], np.cumsum(positive[low:high][by_x])])
-        first = np.searchsorted(across, corner_um[tiles, 0])
-        last = np.searchsorted(across, corner_um[tiles, 0] + side_um)
+        by_x = low + np.argsort(x[low:high], kind="stable")
+        first = np.searchsorted(x[by_x], corner_um[tiles, 0])
+        last = np.searchsorted(x[by_x], corner_um[tiles, 0] + side_um)
+        summed, told = (np.concatenate([[0.0], np.cumsum(v[by_x])]) for v in (np.where(known, positive, 0.0), known))
         count[tiles] = last - first
         with np.errstate(invalid="ignore"):
-            share[tiles] = (summed[last] - summed[first]) / (last - first)
+            share[tiles] = (summed[last] - summed[first]) / (told[last] - told[first])
     return {"cells": count, "positive": share}
 
 
@@ -60,55 +67,71 @@ def region_columns(path: Path, corner_um: np.ndarray, side_um: float) -> dict[st
 
 
 def spot_genes(path: Path) -> tuple[str, ...]:
-    """Columns of a table of spots that hold numbers, places aside; reads the first two lines only."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file, delimiter=_delimiter(path))
-        header, first = next(rows, []), next(rows, [])
+    """Columns of a table of spots that hold numbers, places aside; reads the header and the first row only."""
+    with open_table(path, SPOT_PLACE) as (header, rows):
+        _, first = next(rows, (0, []))
     genes = [n for n, v in zip(header, first, strict=False) if n not in SPOT_PLACE and _is_number(v)]
     if not genes:
         raise ValueError(f"{path} has no column of numbers beside {' and '.join(SPOT_PLACE)}")
     return tuple(genes)
 
 
-def spot_vectors(path: Path, corner_um: np.ndarray, side_um: float, genes: Sequence[str]) -> np.ndarray:
-    """float32 [tiles, genes]: counts of the spots whose centre lies in the tile, summed; nan where there is none."""
-    table = read_table(path, (*SPOT_PLACE, *genes))
-    counts = np.stack([table[g] for g in genes], axis=1)
-    if (counts < 0).any():
-        raise ValueError(f"{path}: counts are not negative, but the least is {counts.min()}")
-    spots = np.stack([table[name] for name in SPOT_PLACE], axis=1)
-    vectors = np.full((len(corner_um), len(genes)), np.nan, np.float32)
-    for i, corner in enumerate(corner_um):
-        inside = ((spots >= corner) & (spots < corner + side_um)).all(axis=1)
-        if inside.any():
-            vectors[i] = counts[inside].sum(axis=0)
-    return vectors
+class SpotTable:
+    """Counts of genes at places on a slide, in memory once; the vector of a tile is made when it is asked for."""
+
+    def __init__(self, path: Path, genes: Sequence[str]):
+        table = read_table(path, (*SPOT_PLACE, *genes), dtype=np.float32, wide=SPOT_PLACE)
+        order = np.argsort(table["y_um"], kind="stable")
+        self._x, self._y = table.pop("x_um")[order], table.pop("y_um")[order]
+        self._counts = np.empty((len(order), len(genes)), np.float32)
+        for i, gene in enumerate(genes):
+            self._counts[:, i] = table[gene][order]
+        if (self._counts < 0).any():
+            raise ValueError(f"{path}: counts are not negative, but the least is {self._counts.min()}")
+
+    def vector(self, corner_um: np.ndarray, side_um: float) -> np.ndarray | None:
+        """float32 [genes]: the sum over spots whose centre lies in the tile; None where there is none. A spot on a
+        border belongs to the right and lower tile."""
+        left, top = corner_um
+        low, high = np.searchsorted(self._y, (top, top + side_um))
+        inside = (self._x[low:high] >= left) & (self._x[low:high] < left + side_um)
+        if not inside.any():
+            return None
+        return self._counts[low:high][inside].sum(axis=0, dtype=np.float64).astype(np.float32)
 
 
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
+def read_table(
+    path: Path,
+    required: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    dtype: type[np.floating] = np.float64,
+    wide: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+    """Columns of numbers as `dtype` (`wide` ones float64); required ones are finite everywhere, an optional one that is
+    there may be empty in places, which is nan. Little more than these numbers is ever in memory."""
+    with open_table(path, required) as (header, rows):
+        place = {name: i for i, name in enumerate(header)}
+        names = [*dict.fromkeys(required), *(n for n in optional if n in place)]
+        types = {n: np.float64 if n in wide else dtype for n in names}
+        parts: dict[str, list[np.ndarray]] = {n: [np.zeros(0, types[n])] for n in names}
+        while chunk := list(islice(rows, max(1, CHUNK // len(header)))):
+            for name in names:
+                texts = [row[place[name]] for _, row in chunk]
+                values = _numbers(path, name, chunk[0][0], texts, empty=name in optional)
+                if name in required and not np.isfinite(values).all():
+                    raise ValueError(f"{path}: column {name!r} holds values that are not finite")
+                parts[name].append(values.astype(types[name]))
+    return {name: np.concatenate(parts.pop(name)) for name in names}
 
 
-def read_table(path: Path, required: Sequence[str], *, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Columns of numbers of a CSV or TSV as float64; the required ones are finite everywhere."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file, delimiter=_delimiter(path))
-        header = next(rows, [])
-        if missing := [name for name in required if name not in header]:
-            raise ValueError(f"{path} lacks the columns {missing[:10]}; it has {header[:20]}")
-        body = [row for row in rows if row]
-    if ragged := next((i for i, row in enumerate(body, start=2) if len(row) != len(header)), None):
-        raise ValueError(f"{path}, row {ragged}: {len(body[ragged - 2])} fields, the header has {len(header)}")
-    columns = {}
-    for name in dict.fromkeys((*required, *(n for n in optional if n in header))):
-        place = header.index(name)
-        try:
-            columns[name] = np.array([row[place] for row in body], np.float64)
-        except ValueError as error:
-            raise ValueError(f"{path}: column {name!r} holds something that is no number: {error}") from None
-        if name in required and not np.isfinite(columns[name]).all():
-            raise ValueError(f"{path}: column {name!r} holds values that are not finite")
-    return columns
+def _numbers(path: Path, name: str, first_row: int, texts: list[str], *, empty: bool) -> np.ndarray:
+    try:
+        return np.array([t if t.strip() else "nan" for t in texts] if empty else texts, np.float64)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: column {name!r} holds something that is no number, in row {first_row} or later: {error}"
+        ) from None
 
 
 def _is_number(text: str) -> bool:

@@ -33,7 +33,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Finding:
-    """`count` things of one kind ('case', 'slide', 'source', 'tile') lie on both sides of `where`; some are named."""
+    """`count` things of one kind ('case', 'slide', 'source', 'tile') lie on both sides of `where`; some are named.
+
+    Not `complete`: the search stopped early. With a count of 0 it found nothing until then, which proves nothing.
+    """
 
     kind: str
     where: tuple[str, str]
@@ -42,6 +45,8 @@ class Finding:
     complete: bool = True
 
     def __str__(self) -> str:
+        if not self.count:
+            return f"{' and '.join(self.where)} may share near-duplicate tiles: {'; '.join(self.examples)}"
         least = "" if self.complete else "at least "
         more = f", and {self.count - len(self.examples)} more" if self.count > len(self.examples) else ""
         what = {"case": "cases", "slide": "slides", "source": "source files", "tile": "near-duplicate tiles"}[self.kind]
@@ -104,8 +109,12 @@ def _sides(a: TileSet, b: TileSet | None) -> list[Side]:
         return [Side(str(t.root), t, t.ids(), tuple(t.manifest["slides"])) for t in (a, b)]
     if len(a.splits) < 2:
         raise ValueError(f"{a.root} has {len(a.splits)} splits: give two tile sets, or one with two splits or more")
-    entries = a.manifest["slides"]
-    return [Side(n, a, a.ids(n), tuple(s for s in entries if s["case"] in set(c))) for n, c in a.splits.items()]
+    split_of = {case: name for name, cases in a.splits.items() for case in cases}
+    entries: dict[str, list[dict]] = {name: [] for name in a.splits}
+    for entry in a.manifest["slides"]:
+        if entry["case"] in split_of:
+            entries[split_of[entry["case"]]].append(entry)
+    return [Side(name, a, a.ids(name), tuple(found)) for name, found in entries.items()]
 
 
 def _shared_names(one: Side, two: Side, examples: int) -> Iterator[Finding]:
@@ -134,8 +143,9 @@ def _source_files(side: Side) -> dict[tuple, str]:
 
 
 def _hashes(source: dict) -> Iterator[str]:
+    """Of images and tables of genes. 'aids' (transforms, cells, regions) may well be equal, if only by being empty."""
     for key, value in source.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != "aids":
             yield from _hashes(value)
         elif "sha" in key.lower() and "param" not in key and isinstance(value, str) and _HEX.fullmatch(value):
             yield value.lower()
@@ -312,10 +322,14 @@ def _shared_tiles(
             if same:
                 found.append(k)
             bar.update()
-    if not found:
+    complete = len(checked) == len(candidates)
+    if not found and complete:
         return None
+    if not found:
+        left = f"only {len(checked)} of {len(candidates)} likely pairs were compared (most_checked)"
+        return Finding("tile", (one.name, two.name), 0, (left,), complete=False)
     text = [f"{_place(one, of_one.ids[row[k]])} = {_place(two, of_two.ids[k])}" for k in sorted(found)[:examples]]
-    return Finding("tile", (one.name, two.name), len(found), tuple(text), len(checked) == len(candidates))
+    return Finding("tile", (one.name, two.name), len(found), tuple(text), complete)
 
 
 def _place(side: Side, i: int) -> str:

@@ -12,23 +12,29 @@ A CSV has one row a slide. Paths are relative to the CSV's folder.
     cells                               CSV of x_um, y_um, type, positive in the H&E frame -> columns of every tile
     regions                             label map in the H&E frame -> the region of every tile
 
-Other columns are kept with the slide and have no effect.
+Other columns have no effect and are named aloud; one that looks like a misspelt one of these is refused.
 """
 
-import csv
+import difflib
 import hashlib
 import json
 import os
 import re
+import unicodedata
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from input_pipeline.table import read_rows
 from input_pipeline.tileset.spec import check_name, check_text_id
 
 KINDS = ("image", "map", "vector")
 SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs", ".qptiff", ".dcm", ".bif", ".png", ".jpg", ".jpeg"}
 TABLE_SUFFIXES = {".csv", ".tsv"}
+COLUMNS = ("slide_id", "case_id", "he", "mpp_he", "label", "cells", "regions")
+PREFIXES = ("partner", "kind", "transform", "mpp", "label")
+MADE_HERE = ("cohort.json", "manifest.json")  # folders of results, which may lie among the slides
 TCGA = re.compile(r"^(TCGA-\w{2}-\w{4})")
 
 
@@ -79,9 +85,15 @@ class Slide:
         return Slide(**{**document, **files, "partners": tuple(partners)})
 
     def signature(self, params: dict) -> str:
-        """Changes when the row, the parameters, or the size or time of any file does; a missing file counts as such."""
+        """Changes when the row, the parameters, or the name, size or time of any file does; where the files lie has no
+        part in it, so that data may move. A missing file counts as such."""
+        row = self.to_json()
+        for described in (row, *row["partners"]):
+            for column in ("he", "cells", "regions", "path", "transform"):
+                if described.get(column):
+                    described[column] = Path(described[column]).name
         stats = [(os.path.getsize(p), os.stat(p).st_mtime_ns) if p.exists() else None for p in self.files()]
-        text = json.dumps([self.to_json(), params, stats], sort_keys=True)
+        text = json.dumps([row, params, stats], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -89,8 +101,12 @@ def _absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.absolute())
 
 
-def read(path: str | os.PathLike, *, case_pattern: str | None = None) -> list[Slide]:
-    """A cohort from a CSV, or from a folder `he/` beside folders of partners whose files share the stem of the H&E."""
+def read(
+    path: str | os.PathLike, *, case_pattern: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> list[Slide]:
+    """A cohort from a CSV, or from a folder `he/` beside folders of partners whose files share the stem of the H&E.
+
+    `say` is told which columns have no effect."""
     path = Path(path)
     if path.is_dir():
         return from_folder(path, case_pattern=case_pattern)
@@ -98,39 +114,59 @@ def read(path: str | os.PathLike, *, case_pattern: str | None = None) -> list[Sl
         raise ValueError(
             f"there is no cohort at {path}; give a CSV (slide_id, case_id, he, ...) or a folder holding he/"
         )
-    return from_csv(path)
+    if case_pattern:
+        raise ValueError(f"a case pattern is for a folder of slides; {path} has a column case_id")
+    return from_csv(path, say)
 
 
-def from_csv(path: Path) -> list[Slide]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if missing := {"slide_id", "case_id", "he"} - set(columns):
-            raise ValueError(f"{path} lacks the columns {sorted(missing)}; it has {columns}")
-        names = [c.removeprefix("partner_") for c in columns if c.startswith("partner_")]
-        for column in columns:
-            prefix, _, name = column.partition("_")
-            if prefix in ("kind", "transform", "mpp") and name not in (*names, *(["he"] if prefix == "mpp" else [])):
-                raise ValueError(f"{path}: column {column!r} speaks of {name!r}, but there is no column partner_{name}")
-        rows = list(reader)
-    slides = [_row(row, names, path, line) for line, row in enumerate(rows, start=2)]
-    return check(slides, path)
+def from_csv(path: Path, say: Callable[[str], None] = lambda line: None) -> list[Slide]:
+    header, rows = read_rows(path, ("slide_id", "case_id", "he"))
+    ignored = [c for c in header if c not in COLUMNS and c.partition("_")[0] not in PREFIXES]
+    for column in header:
+        if (meant := _misspelt(column)) is not None:
+            raise ValueError(
+                f"{path}: column {column!r} has no meaning; is it {meant!r}? If not, call it something else"
+            )
+    if ignored:
+        say(f"{path}: columns without effect: {', '.join(ignored)}")
+    names = [c.removeprefix("partner_") for c in header if c.startswith("partner_")]
+    for column in header:
+        prefix, _, name = column.partition("_")
+        if prefix in ("kind", "transform", "mpp") and name not in (*names, *(["he"] if prefix == "mpp" else [])):
+            raise ValueError(f"{path}: column {column!r} speaks of {name!r}, but there is no column partner_{name}")
+    return check([_row(row, names, path, line) for line, row in rows], path)
+
+
+def _misspelt(column: str) -> str | None:
+    """The column that is probably meant by one that has no meaning as it stands."""
+    prefix, _, name = column.partition("_")
+    if column in COLUMNS or (prefix in PREFIXES and name):
+        return None
+    if prefix in PREFIXES:
+        return f"{prefix}_he" if prefix == "mpp" else f"{prefix}_<name>"
+    if near := difflib.get_close_matches(column.lower(), COLUMNS, 1, 0.8):
+        return near[0]
+    near = difflib.get_close_matches(prefix.lower(), PREFIXES, 1, 0.8) if name else []
+    return f"{near[0]}_{name}" if near else None
 
 
 def _row(row: dict[str, str], names: list[str], csv_path: Path, line: int) -> Slide:
-    where = f"{csv_path}, line {line}"
+    where = f"{csv_path}, row {line}"
 
     def get(column: str) -> str:
-        return (row.get(column) or "").strip()
+        return row.get(column, "")
 
     def file(column: str) -> Path | None:
         return csv_path.parent / get(column) if get(column) else None
 
     def mpp(column: str) -> float | None:
         try:
-            return float(get(column)) if get(column) else None
+            value = float(get(column) or "nan")
         except ValueError:
-            raise ValueError(f"{where}: {column} is um per pixel, a number, not {get(column)!r}") from None
+            value = -1.0
+        if get(column) and not 0 < value < float("inf"):
+            raise ValueError(f"{where}: {column} is um per pixel, a number above 0, not {get(column)!r}")
+        return value if get(column) else None
 
     partners = []
     for name in names:
@@ -143,26 +179,30 @@ def _row(row: dict[str, str], names: list[str], csv_path: Path, line: int) -> Sl
     he = file("he")
     if he is None:
         raise ValueError(f"{where}: he, the path of the H&E slide, is empty")
-    labels = {c: get(c) for c in row if c is not None and (c == "label" or c.startswith("label_"))}
+    labels = {c: get(c) for c in row if c == "label" or c.startswith("label_")}
     cells, regions = file("cells"), file("regions")
     return Slide(get("slide_id"), get("case_id"), he, mpp("mpp_he"), tuple(partners), labels, cells, regions)
 
 
 def from_folder(folder: Path, *, case_pattern: str | None = None) -> list[Slide]:
-    """Slides of `folder/he`; every other folder is a partner of its name. The case is what `case_pattern` captures in
-    the file name, else the TCGA patient, else the whole name."""
-    pattern = re.compile(case_pattern) if case_pattern else TCGA
-    if pattern.groups != 1:
-        raise ValueError(f"a case pattern has one group, which is the case; {case_pattern!r} has {pattern.groups}")
-    if not (folder / "he").is_dir():
+    """Slides of `folder/he`; every other folder is a partner of its name, results of `mfl tile` and `mfl pack` aside.
+    The case is what `case_pattern` captures in the file name, else the TCGA patient, else the whole name."""
+    pattern = _pattern(case_pattern)
+    folders: dict[str, Path] = {}
+    for sub in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if any((sub / name).exists() for name in MADE_HERE):
+            continue
+        if (name := sub.name.lower()) in folders:
+            raise ValueError(f"{folders[name]} and {sub} would be the same partner {name!r}; rename one or give a CSV")
+        folders[name] = sub
+    if "he" not in folders:
         raise ValueError(
             f"{folder} holds no folder he/ with the H&E slides; or give a CSV (slide_id, case_id, he, ...)"
         )
-    partners: dict[str, dict[str, Path]] = {}
-    for sub in sorted(p for p in folder.iterdir() if p.is_dir() and p.name != "he" and not p.name.startswith(".")):
-        partners[sub.name] = _stems(sub, SLIDE_SUFFIXES | TABLE_SUFFIXES)
+    he_files = _stems(folders.pop("he"), SLIDE_SUFFIXES)
+    partners = {name: _stems(sub, SLIDE_SUFFIXES | TABLE_SUFFIXES) for name, sub in folders.items()}
     slides = []
-    for stem, he in _stems(folder / "he", SLIDE_SUFFIXES).items():
+    for stem, he in he_files.items():
         match = pattern.search(stem)
         if match is None and case_pattern:
             raise ValueError(f"the case pattern {case_pattern!r} finds no case in the name {he.name!r}")
@@ -176,9 +216,20 @@ def from_folder(folder: Path, *, case_pattern: str | None = None) -> list[Slide]
     return check(slides, folder)
 
 
+def _pattern(case_pattern: str | None) -> re.Pattern:
+    try:
+        pattern = re.compile(case_pattern) if case_pattern else TCGA
+    except re.error as error:
+        raise ValueError(f"the case pattern {case_pattern!r} is no regular expression: {error}") from error
+    if pattern.groups != 1:
+        raise ValueError(f"a case pattern has one group, which is the case; {case_pattern!r} has {pattern.groups}")
+    return pattern
+
+
 def _stems(folder: Path, suffixes: set[str]) -> dict[str, Path]:
+    """Hidden files (macOS writes a `._x.svs` beside an x.svs on foreign disks) are no slides."""
     found: dict[str, Path] = {}
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes):
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")):
         stem = path.name.removesuffix(path.suffix).removesuffix(".ome")
         if stem in found:
             raise ValueError(f"{found[stem]} and {path} would be the same slide {stem!r}; rename one or give a CSV")
@@ -191,12 +242,26 @@ def check(slides: list[Slide], source: Path) -> list[Slide]:
     if not slides:
         raise ValueError(f"{source} names no slides")
     seen: set[str] = set()
+    cases: dict[str, str] = {}
     for slide in slides:
         for what, value in (("slide_id", slide.slide_id), ("case_id", slide.case_id)):
             check_text_id(value, f"{source}: {what}")
-        if slide.slide_id.lower() in seen:
+        if _alike(slide.slide_id) in seen:
             raise ValueError(f"{source}: slide_id {slide.slide_id!r} stands there twice (case is ignored)")
-        seen.add(slide.slide_id.lower())
+        seen.add(_alike(slide.slide_id))
+        other = cases.setdefault(_alike(slide.case_id), slide.case_id)
+        if other != slide.case_id:
+            raise ValueError(
+                f"{source}: case_id {other!r} and {slide.case_id!r} differ in nothing but how they are written: one "
+                "patient would be two; write them alike"
+            )
         for partner in slide.partners:
             check_name(partner.name, f"a partner in {source}")
+        for label in slide.labels:
+            if label != "label":
+                check_name(label, f"a column in {source}")
     return slides
+
+
+def _alike(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()

@@ -10,7 +10,8 @@ from typing import Protocol
 
 @dataclass
 class Ledger:
-    """Adds up what every process spent in every stage; `wall` is the time that passed on the clock meanwhile."""
+    """Adds up what every process spent in every stage; `wall` is the time that passed on the clock meanwhile. Only what
+    was done is added: slides that failed early would make the rates look better than they are."""
 
     seconds: Counter = field(default_factory=Counter)
     tiles: int = 0
@@ -26,10 +27,10 @@ class Ledger:
         total = sum(self.seconds.values())
         if not total or not self.wall:
             return "nothing was done, so there is nothing to account for"
-        lines = [f"{'stage':<12}{'seconds':>9}{'share':>8}{'tiles/s':>11}   (tiles/s: of this stage alone, one core)"]
+        lines = [f"{'stage':<14}{'seconds':>9}{'share':>8}{'tiles/s':>11}   (tiles/s: of this stage alone, one core)"]
         for stage, spent in self.seconds.most_common():
             rate = f"{self.tiles / spent:>11,.0f}" if spent > 0 else f"{'-':>11}"
-            lines.append(f"{stage:<12}{spent:>9.1f}{spent / total:>8.0%}{rate}")
+            lines.append(f"{stage:<14}{spent:>9.1f}{spent / total:>8.0%}{rate}")
         limit, spent = self.seconds.most_common(1)[0]
         lines.append(
             f"{self.slides} slides, {self.tiles:,} tiles in {self.wall:.1f} s: {self.tiles / self.wall:,.0f} tiles/s, "

@@ -1,11 +1,12 @@
 """`mfl pack`: tiled slides become a tile set. One shard a slide, redone only where slide or parameters changed."""
 
-import csv
+import contextlib
+import difflib
 import functools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -15,22 +16,17 @@ import numpy as np
 
 from input_pipeline import annotations, cohort, pool
 from input_pipeline import tile as tiling
-from input_pipeline.describe import partner_like
-from input_pipeline.files import read_json, sha256
+from input_pipeline.describe import Labels, number, partner_like
+from input_pipeline.files import only_one, read_json, sha256
 from input_pipeline.ledger import Ledger, Stopwatch
 from input_pipeline.slides import register, similarity, warp
 from input_pipeline.slides.reader import Slide, open_slide
 from input_pipeline.slides.transform import Transform
-from input_pipeline.tileset import (
-    Partner,
-    Record,
-    Spec,
-    choose_splits,
-    finish,
-    remove_slide,
-    write_slide,
-    written_slides,
-)
+from input_pipeline.table import read_rows
+from input_pipeline.tileset import Partner, Record, Spec, choose_splits, remove_slide, write_slide
+from input_pipeline.tileset.renew import finish_again, previous, tell_splits
+
+SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 
 
 @dataclass(frozen=True)
@@ -51,41 +47,14 @@ class Params:
             raise ValueError(f"min_inside is a share of the tile, above 0 and up to 1, not {self.min_inside}")
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Classes over the whole cohort: `label` becomes its class, `label_x` a column of numbers or of classes."""
-
-    names: tuple[str, ...]
-    classes: dict[str, tuple[str, ...]]  # label_x -> names, empty where the values are numbers
-
-    @staticmethod
-    def of(slides: Sequence[cohort.Slide]) -> "Labels":
-        columns = sorted({name for s in slides for name in s.labels})
-        values = {name: {s.labels[name] for s in slides if s.labels.get(name)} for name in columns}
-        numeric = {name for name in columns if name != "label" and all(map(_is_number, values[name]))}
-        classes = {name: () if name in numeric else tuple(sorted(values[name])) for name in columns}
-        return Labels(classes.pop("label", ()), classes)
-
-    def label(self, slide: cohort.Slide) -> int:
-        value = slide.labels.get("label", "")
-        return self.names.index(value) if value else -1
-
-    def columns(self, slide: cohort.Slide) -> dict[str, float]:
-        return {name: self._value(name, slide.labels.get(name, "")) for name in self.classes}
-
-    def _value(self, name: str, value: str) -> float:
-        if not value:
-            return math.nan
-        return float(self.classes[name].index(value)) if self.classes[name] else float(value)
-
-
 @dataclass
 class Report:
     ledger: Ledger = field(default_factory=Ledger)
     counts: Counter = field(default_factory=Counter)
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # every slide of the cohort that was not packed, and why
     kept: int = 0
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)  # {} where nothing could be finished
+    splits: dict[str, int] = field(default_factory=dict)  # cases in each
 
 
 def pack(
@@ -100,35 +69,54 @@ def pack(
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """`splits` is case lists, or a share of the cases for each split (by case, balanced over labels)."""
-    tiled, out, params = Path(tiled), Path(out), params or Params()
+    """`splits` is case lists, or a share of the cases for each split (by case, balanced over labels). None keeps the
+    splits there are, and new cases join them; of a new set it draws SHARES. All that can be refused is, before work."""
+    tiled, out, params, report = Path(tiled), Path(out), params or Params(), Report()
     slides, tile_params = _tiled_cohort(tiled)
-    usable = _usable(tiled, slides, tile_params, say)
+    _check_lossless(params, slides)
     labels = Labels.of(slides)
-    spec = specification(usable, tile_params, params, labels)
-    before = written_slides(out) if out.exists() else {}
-    for gone in sorted(set(before) - {s.slide_id for s in usable}):
-        say(f"{gone} is no longer in the cohort (or was left out): removed from the set")
-        remove_slide(out, gone)
-    todo = [s for s in usable if not _is_packed(before.get(s.slide_id), spec, _signature(tiled, s, spec))]
-    report = Report(kept=len(usable) - len(todo))
-    work = functools.partial(pack_slide, tiled=tiled, out=out, spec=spec, params=params, labels=labels)
-    start = perf_counter()
-    for outcome in pool.run(work, todo, workers=workers, runner=runner, label="pack", progress=progress):
-        if outcome.error is not None:
-            report.failed[outcome.item.slide_id] = outcome.error
-            say(f"{outcome.item.slide_id} failed: {outcome.error}")
-            if outcome.item.slide_id in before:
-                remove_slide(out, outcome.item.slide_id)
-            continue
-        report.counts.update(outcome.value["counts"])
-        report.ledger.add(outcome.value["seconds"], outcome.value["counts"]["tiles"])
-    report.ledger.wall = perf_counter() - start
-    if len(report.failed) < len(usable):
-        cases = {s.case_id: labels.label(s) for s in usable if s.slide_id not in report.failed}
-        chosen = choose_splits(splits, list(cases), list(cases.values()), split_seed)
-        report.manifest = finish(out, spec, chosen)
+    spec = specification(slides, tile_params, params, labels, say)
+    with only_one(out):
+        old, before = previous(out, spec, [s.slide_id for s in slides])
+        cases, classes = [s.case_id for s in slides], [labels.label(s) for s in slides]
+        assignment = choose_splits(splits, cases, classes, old, seed=split_seed, default=SHARES)
+        usable = _usable(tiled, slides, tile_params, report.failed, say)
+        _remove_of_other_cases(out, slides, before, say)
+        todo = [s for s in usable if not _is_packed(before.get(s.slide_id), spec, _signature(tiled, s, spec))]
+        report.kept = len(usable) - len(todo)
+        work = functools.partial(pack_slide, tiled=tiled, out=out, spec=spec, params=params, labels=labels)
+        start = perf_counter()
+        for outcome in pool.run(work, todo, workers=workers, runner=runner, label="pack", progress=progress):
+            if outcome.error is not None:
+                report.failed[outcome.item.slide_id] = outcome.error
+                say(f"{outcome.item.slide_id} failed: {outcome.error}")
+                continue
+            report.counts.update(outcome.value["counts"])
+            report.ledger.add(outcome.value["seconds"], outcome.value["counts"]["tiles"])
+        report.ledger.wall = perf_counter() - start
+        wanted = {s.slide_id: s.case_id for s in slides}
+        report.manifest = finish_again(out, spec, wanted, report.failed, assignment, say)
+    if report.manifest:
+        report.splits = tell_splits(old, report.manifest, say)
     return report
+
+
+def _check_lossless(params: Params, slides: Sequence[cohort.Slide]) -> None:
+    names = sorted({p.name for s in slides for p in s.partners})
+    for name in params.lossless:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"lossless names {name!r}, which is no partner; there are {names}{hint}")
+
+
+def _remove_of_other_cases(
+    out: Path, slides: Sequence[cohort.Slide], written: dict[str, dict[str, Any]], say: Callable[[str], None]
+) -> None:
+    for slide in slides:
+        if slide.slide_id in written and written[slide.slide_id]["case"] != slide.case_id:
+            say(f"{slide.slide_id} is now of case {slide.case_id!r}, not {written.pop(slide.slide_id)['case']!r}")
+            remove_slide(out, slide.slide_id)
 
 
 def _tiled_cohort(tiled: Path) -> tuple[list[cohort.Slide], tiling.Params]:
@@ -139,17 +127,23 @@ def _tiled_cohort(tiled: Path) -> tuple[list[cohort.Slide], tiling.Params]:
 
 
 def _usable(
-    tiled: Path, slides: list[cohort.Slide], params: tiling.Params, say: Callable[[str], None]
+    tiled: Path,
+    slides: list[cohort.Slide],
+    params: tiling.Params,
+    failed: dict[str, str],
+    say: Callable[[str], None],
 ) -> list[cohort.Slide]:
     usable = []
     for slide in slides:
         status = tiling.read_status(tiled, slide)
         if status["state"] == "failed":
-            say(f"{slide.slide_id} is left out: tiling failed: {status['reason']}")
+            failed[slide.slide_id] = f"tiling failed: {status['reason']}"
         elif not tiling.is_done(tiled, slide, params):
-            say(f"{slide.slide_id} is left out: its files changed since it was tiled; run mfl tile again")
+            failed[slide.slide_id] = "its files changed since it was tiled; run mfl tile again"
         else:
             usable.append(slide)
+    for slide_id, reason in failed.items():
+        say(f"{slide_id} is left out: {reason}")
     if not usable:
         raise ValueError(f"no slide of {tiled} is ready to be packed: see {tiled / 'status.csv'}")
     return usable
@@ -167,33 +161,40 @@ def read_splits(text: str) -> dict[str, list[str]] | dict[str, float]:
     """'train=0.7,test=0.3' -> shares; the path of a CSV (case_id, split) -> case lists."""
     if not text.lower().endswith(".csv"):
         pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-        shares = {name.strip(): float(share) for name, _, share in pairs if _is_number(share)}
+        shares = {name.strip(): value for name, _, share in pairs if (value := number(share)) is not None}
         if not shares or len(shares) != len(pairs) or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
             raise ValueError(f"splits are like train=0.7,val=0.1,test=0.2 with a sum of 1, or a .csv, not {text!r}")
         return shares
-    with open(text, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if missing := {"case_id", "split"} - set(rows.fieldnames or []):
-            raise ValueError(f"{text} lacks the columns {sorted(missing)}; it has {rows.fieldnames}")
-        splits: dict[str, list[str]] = {}
-        for row in rows:
-            splits.setdefault(row["split"].strip(), []).append(row["case_id"].strip())
-    return splits
+    splits: dict[str, dict[str, None]] = {}  # a table may have one row a slide
+    for line, row in read_rows(text, ("case_id", "split"))[1]:
+        if not row["case_id"] or not row["split"]:
+            raise ValueError(f"{text}, row {line}: case_id or split is empty; leave the row out for a case in no split")
+        splits.setdefault(row["split"], {})[row["case_id"]] = None
+    return {name: list(cases) for name, cases in splits.items()}
 
 
-def specification(slides: Sequence[cohort.Slide], tile_params: tiling.Params, params: Params, labels: Labels) -> Spec:
-    """What all tiles have in common; partners are as their first slide has them, and every other slide must agree."""
+def specification(
+    slides: Sequence[cohort.Slide],
+    tile_params: tiling.Params,
+    params: Params,
+    labels: Labels,
+    say: Callable[[str], None] = lambda line: None,
+) -> Spec:
+    """What all tiles have in common. A partner is as the first slide has it whose file can be read; slides that do not
+    agree fail by themselves. Gene tables are cut to the genes that all have, less tables that have none of the rest."""
     partners: dict[str, Partner] = {}
+    genes: dict[str, list[set[str]]] = {}
     for slide in slides:
         for source in slide.partners:
-            if source.kind == "vector":
-                genes = set(annotations.spot_genes(source.path))
-                known = partners.get(source.name)
-                common = sorted(genes & set(known.channel_names) if known else genes)
-                partners[source.name] = _vector(source.name, common)
-            elif source.name not in partners:
-                lossless = source.name in params.lossless
-                partners[source.name] = partner_like(source.path, source.name, source.kind, lossless=lossless)
+            try:
+                if source.kind == "vector":
+                    genes.setdefault(source.name, []).append(set(annotations.spot_genes(source.path)))
+                elif source.name not in partners:
+                    lossless = source.name in params.lossless
+                    partners[source.name] = partner_like(source.path, source.name, source.kind, lossless=lossless)
+            except (ValueError, OSError) as error:
+                say(f"{slide.slide_id}: partner {source.name} cannot be read: {error}")
+    partners |= {name: _vector(name, common_genes(tables)) for name, tables in genes.items()}
     described = {"tile": asdict(tile_params), "pack": asdict(params), "classes": labels.classes}
     return Spec(
         params.name,
@@ -207,9 +208,14 @@ def specification(slides: Sequence[cohort.Slide], tile_params: tiling.Params, pa
     )
 
 
+def common_genes(tables: Sequence[set[str]]) -> list[str]:
+    """What all tables have that have the gene which most have: one odd table must not empty the set."""
+    count = Counter(gene for table in tables for gene in table)
+    commonest = min(count, key=lambda gene: (-count[gene], gene))
+    return sorted(set.intersection(*(table for table in tables if commonest in table)))
+
+
 def _vector(name: str, genes: Sequence[str]) -> Partner:
-    if not genes:
-        raise ValueError(f"partner {name!r}: no gene is common to the tables of all slides")
     return Partner(name, "vector", dtype="float32", encoding="float32", channel_names=tuple(genes), length=len(genes))
 
 
@@ -228,21 +234,36 @@ def pack_slide(
     with np.load(tiling.folder_of(tiled, row) / "tiles.npz", allow_pickle=False) as stored:
         tiles = dict(stored)
     default = spec.params["tile"]["default_mpp"]
-    with open_slide(row.he, mpp=row.mpp, default_mpp=default) as he:
-        partners = [_Source(tiled, row, p, spec, he.mpp or math.nan, status, tiles, default) for p in row.partners]
-        partners = [p for p in partners if p.name not in status["rejected"]]
-        source = {"signature": _signature(tiled, row, spec), "he": row.he.name, "bytes": row.he.stat().st_size}
+    with contextlib.ExitStack() as stack:
+        he = stack.enter_context(open_slide(row.he, mpp=row.mpp, default_mpp=default))
+        watch.readers.append(he)
+        partners = []
+        for partner in row.partners:
+            if partner.name not in status["rejected"]:
+                partners.append(_Source(tiled, row, partner, spec, he.mpp or math.nan, status, tiles))
+                if (slide := partners[-1].slide) is not None:
+                    stack.enter_context(slide)
+                    watch.readers.append(slide)
         with watch("hash"):
-            source["he_sha256"] = sha256(row.he)
+            source = {"signature": _signature(tiled, row, spec), **_source_files(row, status["rejected"])}
         source |= {"mpp": he.mpp, "mpp_source": he.mpp_source, "rejected": status["rejected"]}
-        source |= {"partners": {p.name: p.path.name for p in row.partners}}
         records = _records(row, he, partners, tiles, spec, params, labels, watch, dropped)
-        watch.readers = [he, *(p.slide for p in partners if p.slide)]
-        with watch("write"):
+        with watch("encode+write"):
             counts = write_slide(out, spec, row.slide_id, row.case_id, records, source)
-        for partner in partners:
-            partner.close()
     return {"counts": {**counts, **dropped}, "seconds": watch.seconds}
+
+
+def _source_files(row: cohort.Slide, rejected: Collection[str]) -> dict[str, Any]:
+    """Name, size and hash of all that a slide's tiles are made from. 'aids' may be equal without a leak."""
+    used = [p for p in row.partners if p.name not in rejected]
+    files = {"he": row.he} | {p.name: p.path for p in used}
+    aids = {f"transform_{p.name}": p.transform for p in used} | {"cells": row.cells, "regions": row.regions}
+    found = [{name: _facts(path) for name, path in paths.items() if path} for paths in (files, aids)]
+    return {"files": found[0], "aids": found[1]}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
 
 
 class _Source:
@@ -257,36 +278,35 @@ class _Source:
         he_mpp: float,
         status: dict[str, Any],
         tiles: dict[str, np.ndarray],
-        default_mpp: float | None,
     ):
-        self.name, self.kind = partner.name, partner.kind
+        self.name, self.kind, self.path = partner.name, partner.kind, partner.path
         self.slide: Slide | None = None
         self.transform = Transform.identity()
         self.corners = np.stack([tiles["x"], tiles["y"]], axis=1) * he_mpp
+        stored = next((p for p in spec.partners if p.name == partner.name), None)
+        if stored is None:
+            raise ValueError(f"{partner.path}: there is no slide of which partner {partner.name!r} can be read")
         if partner.kind == "vector":
-            wanted = next(p for p in spec.partners if p.name == partner.name).channel_names
-            side = spec.size * spec.mpp
-            self.vectors = annotations.spot_vectors(partner.path, self.corners, side, genes=wanted)
+            self.spots = annotations.SpotTable(partner.path, stored.channel_names)
             return
-        self.slide = open_slide(partner.path, mpp=partner.mpp, default_mpp=default_mpp)
-        self.channel = similarity.nuclear_channel(self.slide.channel_names)
         if partner.transform:
             self.transform = register.load_transform(partner.transform)
         elif partner.kind == "image" and len(tiles["x"]):
             self.transform = Transform.load(tiling.folder_of(tiled, row) / f"{partner.name}.transform.json")
+        default = spec.params["tile"]["default_mpp"]
+        self.slide = open_slide(partner.path, mpp=partner.mpp, default_mpp=default)
+        self.channel = similarity.nuclear_channel(self.slide.channel_names)
+        if not partner.transform and partner.name in status["registered"]:
             self.channel = status["registered"][partner.name]["channel"]
 
-    def tile(self, i: int, size: int, mpp: float) -> tuple[np.ndarray, float]:
+    def tile(self, i: int, size: int, mpp: float) -> tuple[np.ndarray | None, float]:
         """The partner of tile i, and the share of it that lies on the partner slide."""
         if self.slide is None:
-            return self.vectors[i], float(np.isfinite(self.vectors[i, 0]))
+            vector = self.spots.vector(self.corners[i], size * mpp)
+            return vector, float(vector is not None)
         order = "nearest" if self.kind == "map" else "linear"
         pixels, inside = warp.sample_partner(self.slide, self.transform, tuple(self.corners[i]), size, mpp, order)
         return pixels, float(inside.mean())
-
-    def close(self) -> None:
-        if self.slide is not None:
-            self.slide.close()
 
 
 def _records(
@@ -309,7 +329,7 @@ def _records(
         for partner in partners:
             with watch("resample"):
                 image, inside = partner.tile(i, spec.size, spec.mpp)
-            if inside < params.min_inside:
+            if image is None or inside < params.min_inside:
                 dropped[f"{partner.name}: outside"] += 1
                 continue
             if partner.kind == "image":
@@ -321,10 +341,3 @@ def _records(
             found[partner.name] = image
         columns = {n: float(tiles[n][i]) if n in tiles else known.get(n, math.nan) for n in spec.params["columns"]}
         yield Record(pixels, found, float(x), float(y), he.mpp or math.nan, label, columns, scores)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False

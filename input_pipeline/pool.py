@@ -4,12 +4,15 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,11 @@ def run(
     label: str = "slides",
     progress: bool = True,
 ) -> Iterator[Outcome]:
-    """Outcomes in the order in which they end. workers=0 works in this process, which a debugger can follow."""
+    """Outcomes in the order in which they end. workers=0 works in this process, which a debugger can follow.
+
+    Stopped early (an exception here, Ctrl-C, the death of this process by any signal), the processes end at once, in
+    the middle of a slide: the work must leave nothing half-written that looks whole.
+    """
     if runner not in RUNNERS:
         raise ValueError(f"runner is {runner!r}; allowed: {', '.join(RUNNERS)}")
     if workers is not None and workers < 0:
@@ -99,21 +106,38 @@ def _processes(function: Callable[[Any], Any], items: Sequence[Any], workers: in
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each: spawned, since a fork of threads may deadlock."""
+    """Processes of one thread each: spawned, since a fork of threads may deadlock. They live as long as the far end of
+    a pipe is open here: the system closes it whatever ends this process, we close it when something goes wrong."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)  # its own max_tasks_per_child is known to deadlock
+    theirs, ours = context.Pipe(duplex=False)
+    # max_tasks_per_child of ProcessPoolExecutor is known to deadlock
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_live_with, initargs=(theirs,))
     try:
         yield pool
+        pool.shutdown(wait=True)
     finally:
+        ours.close()
         pool.shutdown(wait=True, cancel_futures=True)
+        theirs.close()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _live_with(pipe: Connection) -> None:
+    """End this process as soon as the other end of `pipe` closes. Ctrl-C is the business of the process that has it."""
+
+    def watch() -> None:
+        pipe.poll(None)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _beam(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Outcome]:

@@ -1,6 +1,9 @@
 """`mfl <command>`: one function a command, thin over the packages; heavy imports wait until a command needs them."""
 
 import argparse
+import contextlib
+import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +12,20 @@ from pathlib import Path
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all is well, 1 the work found faults (failed slides, a damaged set, a leak), 2 a wrong request."""
     options = parser().parse_args(arguments)
+    with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there handles signals
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         return options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"mfl {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"mfl {options.command}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
         _add_verify,
         _add_audit,
         _add_show,
+        _add_train,
+        _add_report,
     ):
         add(commands)
     return top
@@ -122,6 +133,7 @@ def _add_tile(commands) -> None:
     command.add_argument("--max-pen", type=float, default=0.05, help="largest share under pen (default 0.05)")
     command.add_argument("--max-blur", type=float, default=0.5, help="largest share out of focus (default 0.5)")
     command.add_argument("--default-mpp", type=float, help="um per px of slides that do not say")
+    command.add_argument("--max-error-um", type=float, help="largest median error of a registration that passes")
     command.add_argument("--registration", choices=("coarse", "affine", "bspline"), default="bspline")
     command.add_argument("--case-pattern", help="for a folder: regular expression whose group is the case")
     command.add_argument("--runner", choices=("local", "beam"), default="local")
@@ -133,7 +145,7 @@ def tile(options: argparse.Namespace) -> int:
     from input_pipeline import cohort
     from input_pipeline.tile import Params, tile_cohort
 
-    names = ("size", "mpp", "step", "min_tissue", "max_pen", "max_blur", "default_mpp", "registration")
+    names = ("size", "mpp", "step", "min_tissue", "max_pen", "max_blur", "default_mpp", "registration", "max_error_um")
     params = Params(**{name: getattr(options, name) for name in names})
     slides = cohort.read(options.cohort, case_pattern=options.case_pattern)
     if options.cohort.is_dir():
@@ -266,16 +278,19 @@ def _add_audit(commands) -> None:
     command = _command(commands, "audit", audit, "find what two sets, or the splits of one, share")
     command.add_argument("a", type=Path)
     command.add_argument("b", type=Path, nargs="?", help="another set; without it the splits of the first are compared")
+    command.add_argument("--names-only", action="store_true", help="cases, slides and files, without the tiles")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def audit(options: argparse.Namespace) -> int:
     """Cases, slides, files and near-duplicate tiles that stand on both sides; a leak makes the exit status 1."""
     from input_pipeline.audit import audit
+    from input_pipeline.pool import available_cores
     from input_pipeline.tileset import TileSet
 
     b = TileSet.open(options.b) if options.b else None
-    findings = audit(TileSet.open(options.a), b, progress=not options.quiet)
+    tiles, threads = not options.names_only, available_cores()
+    findings = audit(TileSet.open(options.a), b, tiles=tiles, threads=threads, progress=not options.quiet)
     for finding in findings:
         print(finding)
     print(f"{len(findings)} findings" if findings else "nothing is shared")
@@ -298,10 +313,49 @@ def show(options: argparse.Namespace) -> int:
     from input_pipeline.stream import train_stream
     from input_pipeline.tileset import TileSet
 
+    if options.out.suffix not in (".png", ".jpg"):
+        raise ValueError(f"--out is a .png or .jpg, not {str(options.out)!r}")
     tileset = TileSet.open(options.tileset)
     with train_stream(tileset, batch=options.rows, seed=options.seed, split=options.split) as stream:
         save_picture(options.out, batch_picture(next(iter(stream)), tileset.spec))
     print(f"wrote {options.out}")
+    return 0
+
+
+def _add_train(commands) -> None:
+    command = _command(commands, "train", train, "train an encoder, or go on with a run")
+    command.add_argument("--config", required=True, help="such as configs/mfl.py:phantom,optim.lr=1e-3")
+    command.add_argument("--workdir", type=Path, required=True)
+    command.add_argument("--override", action="store_true", help="go on although config or data changed; it is noted")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train in workdir, or go on where the run in it stopped; a SIGTERM saves and exits with 0."""
+    from mfl_jax import config, train
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loop has a handler of its own
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        chosen = config.load(options.config)
+        state = train.train(chosen, options.workdir, progress=not options.quiet, override=options.override)
+    except (train.TrainingFailed, OSError) as error:
+        print(f"mfl train: {error}", file=sys.stderr)
+        return 1
+    print(f"step {int(state.step)}; {options.workdir / 'metrics.jsonl'}")
+    return 0
+
+
+def _add_report(commands) -> None:
+    command = _command(commands, "report", report, "one HTML file from a folder with results.json")
+    command.add_argument("folder", type=Path)
+
+
+def report(options: argparse.Namespace) -> int:
+    """Make report.html anew from results.json and the pictures beside it."""
+    from mfl_jax.report import remake
+
+    print(f"wrote {remake(options.folder)}")
     return 0
 
 

@@ -3,37 +3,40 @@
     slide_id, case_id, he     required; paths are relative to the CSV's folder
     <partner>                 one column for each partner asked for: a picture of the same field
     mpp                       um per pixel of the H&E field, where its file does not say
-    label, split              text; classes in alphabetical order, splits by case
+    label, split              text; classes are numbers by size, then texts by alphabet; splits by case
 
 Any other column is kept: numbers as columns of every tile, text in the manifest. Fields larger than a tile are cut
 into a grid that covers them; what a tile has outside its field is white (or 0 in a partner that is not RGB).
 """
 
-import csv
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from input_pipeline import describe
+from input_pipeline.describe import number
+from input_pipeline.files import only_one
+from input_pipeline.pool import available_cores
 from input_pipeline.slides.reader import Slide, open_slide
+from input_pipeline.table import read_rows
 from input_pipeline.tileset import (
     Partner,
     Record,
     Spec,
     TileSetError,
     choose_splits,
-    finish,
     remove_slide,
     write_slide,
-    written_slides,
 )
+from input_pipeline.tileset.renew import finish_again, previous, tell_splits
 from input_pipeline.tileset.spec import check_name, check_text_id
 
 EDGES = ("pad", "shift", "drop")
@@ -54,6 +57,13 @@ class _Plan:
     texts: tuple[str, ...]
 
 
+@dataclass
+class Report:
+    manifest: dict[str, Any]
+    failed: dict[str, str] = field(default_factory=dict)  # slide_id -> why it is not in the set
+    splits: dict[str, int] = field(default_factory=dict)  # cases in each
+
+
 def import_folder(
     table: str | os.PathLike,
     out: str | os.PathLike,
@@ -71,62 +81,72 @@ def import_folder(
     seed: int = 0,
     workers: int | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
-    """Write the tile set `out` from the CSV `table` and return its manifest.
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Write the tile set `out` from the CSV `table`. A field that fails does not stop the others: the report names it,
+    and a rerun does only what is missing. Without any field that could be written, TileSetError.
 
     `partners` maps a column of the CSV to what is stored of it. `mpp` None is that of the fields, if they share one.
     `edges`: 'pad' covers the field and reaches over it, 'shift' moves the last tile inwards, 'drop' keeps whole tiles
-    alone; columns inside_x and inside_y say how many px of a tile lie in the field. Splits are
-    case lists or shares ({'train': .8, ...}: drawn by case, stratified by label); None takes the column split.
-
-    A field that fails does not stop the others; the error at the end names each, and a rerun does only what is missing.
+    alone; columns inside_x and inside_y say how many px of a tile lie in the field. Splits are case lists or shares
+    ({'train': .8, ...}: drawn by case, stratified by label); None takes the column split, and where there is none keeps
+    the splits of a set that is made again; a new one is all 'train'. `workers` are threads, 0 is none beside this one.
     """
     table, out = Path(table), Path(out)
     partners = dict(partners or {})
     rows = read_table(table, {"slide_id", "case_id", he, *partners})
     if edges not in EDGES or (step is not None and step < 1):
         raise TileSetError(f"edges is one of {EDGES} and step at least 1 px, not {edges!r} and {step}")
+    if workers is not None and workers < 0:
+        raise TileSetError(f"workers is {workers}; allowed: 0 (this thread alone) or more")
     if any(p.kind == "vector" for p in partners.values()):
         raise TileSetError("a folder of images has no vector partners; pack a cohort with tables of spots instead")
-    names = tuple(sorted({r["label"] for r in rows if r.get("label")}, key=_natural))
+    names = describe.classes(r["label"] for r in rows if r.get("label"))
     mpp = mpp or _common_mpp(rows, table.parent, he)
     params = {"importer": "folder", "step": step or size, "edges": edges}
     stored = tuple(replace(p, mpp=size * mpp / (p.size or size)) for p in partners.values())
     spec = Spec(name, size, mpp, he_encoding, jpeg_quality, stored, names, params)
     numbers, texts = _extra_columns(rows, {*_KNOWN, he, *partners})
     plan = _Plan(spec, table.parent, he, step or size, edges, numbers, texts)
-    columns = dict(zip(partners, stored, strict=True))
-    _write_all(plan, out, rows, columns, workers, progress)
-    return finish(out, spec, _splits(rows, splits, seed))
+    wanted = {row["slide_id"]: row["case_id"] for row in rows}
+    with only_one(out):
+        old, done = previous(out, spec, wanted)
+        labels = [row.get("label", "") for row in rows]
+        assignment = choose_splits(splits or _column_split(rows), [*wanted.values()], labels, old, seed=seed)
+        columns = dict(zip(partners, stored, strict=True))
+        failed = _write_all(plan, out, rows, columns, done, workers, progress)
+        for slide, fault in failed.items():
+            say(f"{slide} failed: {fault}")
+        document = finish_again(out, spec, wanted, failed, assignment, say)
+    if not document:
+        listed = "\n  ".join(f"{slide}: {fault}" for slide, fault in list(failed.items())[:20])
+        raise TileSetError(f"{len(failed)} of {len(rows)} fields failed, so there is no set:\n  {listed}")
+    return Report(document, failed, tell_splits(old, document, say))
 
 
 def read_table(path: Path, required: set[str]) -> list[Row]:
-    """The rows of a CSV, every required cell filled, every slide id used once."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restkey="", strict=True)
-            rows = [dict(row) for row in reader]
-            header = list(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TileSetError(f"{path} cannot be read as a CSV: {error}") from error
-    if missing := required - set(header):
-        raise TileSetError(f"{path} has no column {sorted(missing)}; it has {header}")
-    if len(set(header)) != len(header) or not rows:
-        raise TileSetError(f"{path} has no rows, or two columns of the same name: {header}")
-    seen: dict[str, int] = {}
-    for line, row in enumerate(rows, 2):
-        if None in row.values() or "" in row:
-            raise TileSetError(f"{path}, row {line}: it does not have the {len(header)} cells of the header")
-        for key in row:
-            row[key] = row[key].strip()
-        if empty := [key for key in ("slide_id", "case_id") if not row[key]]:
-            raise TileSetError(f"{path}, row {line}: {empty[0]} is empty")
-        check_text_id(row["slide_id"], f"{path}, row {line}: slide_id")
-        check_text_id(row["case_id"], f"{path}, row {line}: case_id")
-        if row["slide_id"] in seen:
-            raise TileSetError(f"{path}: rows {seen[row['slide_id']]} and {line} have slide_id {row['slide_id']!r}")
-        seen[row["slide_id"]] = line
-    return rows
+    """The rows of a CSV, every required column there, every slide id used once."""
+    header, rows = read_rows(path, sorted(required))
+    if not rows:
+        raise TileSetError(f"{path} has no rows, only the columns {header}")
+    slides: dict[str, int] = {}
+    cases: dict[str, str] = {}
+    for line, row in rows:
+        for key in ("slide_id", "case_id"):
+            if not row[key]:
+                raise TileSetError(f"{path}, row {line}: {key} is empty")
+            check_text_id(row[key], f"{path}, row {line}: {key}")
+        slide, case = row["slide_id"].casefold(), row["case_id"]
+        if slide in slides:
+            raise TileSetError(
+                f"{path}: rows {slides[slide]} and {line} have slide_id {row['slide_id']!r} (capitals do not count)"
+            )
+        if (other := cases.setdefault(case.casefold(), case)) != case:
+            raise TileSetError(
+                f"{path}, row {line}: case {case!r} and case {other!r} differ in capitals only; name one"
+            )
+        slides[slide] = line
+    return [row for _, row in rows]
 
 
 def sample_of(table: str | os.PathLike, column: str) -> Path:
@@ -137,22 +157,9 @@ def sample_of(table: str | os.PathLike, column: str) -> Path:
     raise TileSetError(f"{table}: column {column!r} names no file")
 
 
-def _natural(text: str) -> tuple[float, str]:
-    number = _number(text)
-    return (math.inf, text) if number is None else (number, text)
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def _field_mpp(row: Row) -> float | None:
     text = row.get("mpp", "")
-    value = _number(text)
+    value = number(text)
     if text and (value is None or value <= 0):
         raise TileSetError(f"slide {row['slide_id']!r}: mpp is a positive number (um per pixel), not {text!r}")
     return value
@@ -179,16 +186,14 @@ def _extra_columns(rows: list[Row], used: set[str]) -> tuple[tuple[str, ...], tu
         values = [row[column] for row in rows if row[column]]
         try:
             check_name(column, "a column")
-            numeric = bool(values) and all(_number(v) is not None for v in values)
+            numeric = bool(values) and all(number(v) is not None for v in values)
         except TileSetError:
             numeric = False
         (numbers if numeric else texts).append(column)
     return tuple(numbers), tuple(texts)
 
 
-def _splits(rows: list[Row], splits: Mapping[str, Any] | None, seed: int) -> Mapping[str, Sequence[str]] | None:
-    if splits:
-        return choose_splits(splits, [r["case_id"] for r in rows], [r.get("label", "") for r in rows], seed)
+def _column_split(rows: list[Row]) -> dict[str, list[str]] | None:
     if not any(row.get("split") for row in rows):
         return None
     pairs = dict.fromkeys((row["split"], row["case_id"]) for row in rows if row["split"])
@@ -196,27 +201,31 @@ def _splits(rows: list[Row], splits: Mapping[str, Any] | None, seed: int) -> Map
 
 
 def _write_all(
-    plan: _Plan, out: Path, rows: list[Row], partners: dict[str, Partner], workers: int | None, progress: bool
-) -> None:
-    (out / "slides").mkdir(parents=True, exist_ok=True)
-    done = written_slides(out)
-    for slide in set(done) - {row["slide_id"] for row in rows}:
-        remove_slide(out, slide)
+    plan: _Plan,
+    out: Path,
+    rows: list[Row],
+    partners: dict[str, Partner],
+    done: dict[str, dict[str, Any]],
+    workers: int | None,
+    progress: bool,
+) -> dict[str, str]:
+    """slide_id -> why, of every field that could not be written."""
 
     def work(row: Row) -> str | None:
         try:
             _write_field(plan, out, row, partners, done.get(row["slide_id"]))
         except (ValueError, OSError) as error:
-            return f"{row['slide_id']}: {error}"
+            return str(error)
         return None
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        results = list(tqdm(pool.map(work, rows), "import", len(rows), unit="field", disable=not progress))
-    if failed := [fault for fault in results if fault]:
-        listed = "\n  ".join(failed[:20])
-        raise TileSetError(
-            f"{len(failed)} of {len(rows)} fields failed, the others are written; mend these and run again:\n  {listed}"
-        )
+    def collect(faults: Iterator[str | None]) -> dict[str, str]:
+        bar = tqdm(faults, "import", len(rows), unit="field", disable=not progress)
+        return {row["slide_id"]: fault for row, fault in zip(rows, bar, strict=True) if fault is not None}
+
+    if workers == 0:
+        return collect(map(work, rows))
+    with ThreadPoolExecutor(workers or available_cores()) as threads:
+        return collect(threads.map(work, rows))
 
 
 def _write_field(plan: _Plan, out: Path, row: Row, partners: dict[str, Partner], done: dict[str, Any] | None) -> None:
@@ -243,7 +252,7 @@ def _file_facts(path: Path) -> dict[str, Any]:
 def _records(plan: _Plan, row: Row, paths: dict[str, Path], partners: dict[str, Partner]) -> Iterator[Record]:
     spec = plan.spec
     label = spec.label_names.index(row["label"]) if row.get("label") else -1
-    numbers = {c: _number(row[c]) for c in plan.numbers}
+    numbers = {c: number(row[c]) for c in plan.numbers}
     extra = {c: math.nan if v is None else v for c, v in numbers.items()}
     he = open_slide(paths[plan.he], mpp=_field_mpp(row))
     opened: dict[str, tuple[Slide, float]] = {}

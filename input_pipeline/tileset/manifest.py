@@ -6,6 +6,7 @@ It ends in a checksum of itself: splits and names change through `finish`, never
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,30 @@ LAYOUT = (
     "stored as that many planes, one below another, in one grey image. Label maps are 16-bit PNG. Vectors are float32 "
     "lists. An absent partner is an empty list. Splits are lists of cases."
 )
+ALL_TRAIN = {"train": 1.0}
 Splits = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which split every case belongs to, and how the next new case finds its own. A case need not be in the set."""
+
+    names: tuple[str, ...]
+    of: Mapping[str, str | None]  # None: in no split, on purpose
+    shares: Mapping[str, float] | None = None  # as drawn; None: someone made the lists
+    seed: int = 0
+
+    def splits(self, cases: Iterable[str]) -> Splits:
+        found: Splits = {name: [] for name in self.names}
+        for case in sorted(set(cases)):
+            if (split := self.of.get(case)) is not None:
+                found[split].append(case)
+        return found
+
+    def rule(self, cases: Iterable[str]) -> dict[str, Any]:
+        """What a set of these cases keeps of it beside its splits: a case that comes back finds its old split."""
+        absent = {case: self.of[case] for case in sorted(self.of.keys() - set(cases))}
+        return {"shares": None if self.shares is None else dict(self.shares), "seed": self.seed, "absent": absent}
 
 
 def shard_name(name: str, slot: int) -> str:
@@ -95,6 +119,7 @@ def check_manifest(document: Any) -> None:
         raise TileSetError("cases are not a list of names")
     _check_slides(document)
     check_splits(document["splits"], document["cases"])
+    _check_rule(document)
     if document["hash"] != content_hash(document):
         raise TileSetError("the hash of the set is not that of its slides and splits; finish restores it")
 
@@ -118,6 +143,18 @@ def _check_slides(document: dict[str, Any]) -> None:
         values = [s[key] for s in document["slides"]]
         if len(set(values)) != len(values):
             raise TileSetError(f"two slides have the same {key}")
+
+
+def _check_rule(document: dict[str, Any]) -> None:
+    rule, names = document.get("split_rule", {"shares": None, "seed": 0, "absent": {}}), set(document["splits"])
+    if not isinstance(rule, dict) or not isinstance(rule.get("absent"), dict) or type(rule.get("seed")) is not int:
+        raise TileSetError(f"split_rule is not as it should be: {str(rule)[:200]}")
+    if rule["seed"] < 0 or any(s is not None and s not in [*names] for s in rule["absent"].values()):
+        raise TileSetError("split_rule has a negative seed, or a case of a split that is not there")
+    if (shares := rule.get("shares")) is not None:
+        if not isinstance(shares, dict) or shares.keys() != names:
+            raise TileSetError("split_rule has shares of other splits than there are")
+        check_shares(shares)
 
 
 def _texts(value: Any) -> bool:
@@ -144,42 +181,77 @@ def check_splits(splits: Any, cases: Iterable[str]) -> Splits:
     return {name: sorted(members) for name, members in splits.items()}
 
 
+def check_shares(shares: Mapping[str, Any]) -> None:
+    numbers = [v for v in shares.values() if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(numbers) != len(shares):
+        raise TileSetError(f"splits are all case lists or all shares, not both: {dict(shares)}")
+    if not numbers or not min(numbers) >= 0 or not abs(sum(numbers) - 1) <= 1e-6:
+        raise TileSetError(f"shares of splits are not negative and sum to 1, not {dict(shares)}")
+    for name in shares:
+        check_name(name, "a split", reserved={"all"})
+
+
 def choose_splits(
     splits: Mapping[str, Sequence[str]] | Mapping[str, float] | None,
     cases: Sequence[str],
     labels: Sequence[int | str],
+    old: Mapping[str, Any] | None = None,
+    *,
     seed: int = 0,
-) -> Mapping[str, Sequence[str]] | None:
-    """Case lists as they are; shares of the cases as drawn by `split_cases`; None stays None."""
-    shares = {name: float(share) for name, share in (splits or {}).items() if isinstance(share, int | float)}
-    if not shares:
-        return splits  # type: ignore[return-value]
-    if len(shares) != len(splits or {}):
-        raise TileSetError(f"splits are all case lists or all shares, not both: {splits}")
-    return split_cases(cases, labels, shares, seed)
+    default: Mapping[str, float] = ALL_TRAIN,
+) -> Assignment:
+    """A split for every case, from case lists, from shares, or from what the manifest `old` has.
+
+    A case never changes its split by itself: with None, or with the shares and seed that drew the splits there are, all
+    stay where they were and new cases go to the split that is furthest behind its share (of lists: the share it has).
+    Other shares draw anew, lists are taken as they are. `default` are the shares of a set that has no splits yet.
+    `cases` may repeat (one entry a slide); a case is stratified by the smallest of its labels.
+    """
+    before = None if old is None else _assigned(old)
+    if splits is None:
+        return _extended(before or Assignment(tuple(default), {}, default, seed), cases, labels)
+    if any(isinstance(share, int | float) for share in splits.values()):
+        check_shares(splits)
+        shares = {name: float(share) for name, share in splits.items()}  # type: ignore[arg-type]
+        same = before is not None and before.shares == shares and before.seed == seed
+        start = before if before is not None and same else Assignment(tuple(shares), {}, shares, seed)
+        return _extended(start, cases, labels)
+    lists = check_splits(splits, cases)
+    of = dict.fromkeys(cases) | {case: name for name, members in lists.items() for case in members}
+    return Assignment(tuple(lists), of, None, seed)
+
+
+def _assigned(document: Mapping[str, Any]) -> Assignment:
+    rule = document.get("split_rule", {"shares": None, "seed": 0, "absent": {}})
+    of: dict[str, str | None] = dict.fromkeys(document["cases"]) | dict(rule["absent"])
+    of |= {case: name for name, members in document["splits"].items() for case in members}
+    return Assignment(tuple(document["splits"]), of, rule["shares"], rule["seed"])
 
 
 def split_cases(
     cases: Sequence[str], labels: Sequence[int | str], fractions: Mapping[str, float], seed: int = 0
 ) -> Splits:
-    """Split cases at random, stratified by label; the same input in any order gives the same splits.
+    """Split cases at random, stratified by label; the same input in any order gives the same splits."""
+    check_shares(fractions)
+    return _extended(Assignment(tuple(fractions), {}, fractions, seed), cases, labels).splits(cases)
 
-    `cases` may repeat (one entry a slide); a case is stratified by the smallest of its labels.
-    """
-    if len(cases) != len(labels):
-        raise TileSetError(f"{len(cases)} cases but {len(labels)} labels")
-    if not fractions or min(fractions.values()) < 0 or abs(sum(fractions.values()) - 1) > 1e-6:
-        raise TileSetError(f"fractions are not negative and sum to 1, not {dict(fractions)}")
+
+def _extended(start: Assignment, cases: Sequence[str], labels: Sequence[int | str]) -> Assignment:
+    """Deal the new cases out, label by label: whoever is furthest behind its share gets the next, over all labels."""
     stratum: dict[str, int | str] = {}
     for case, label in sorted(zip(cases, labels, strict=True), key=lambda pair: (pair[0], str(pair[1]))):
         stratum.setdefault(case, label)
-    splits: Splits = {name: [] for name in fractions}
-    rng = np.random.default_rng(seed)
-    shares, total = np.array(list(fractions.values())), 0
-    for label in sorted(set(stratum.values()), key=str):
-        members = sorted(c for c in stratum if stratum[c] == label)
+    counts = np.array([len(members) for members in start.splits(stratum).values()])
+    if not start.names:
+        return Assignment((), dict.fromkeys(stratum) | dict(start.of), start.shares, start.seed)
+    share_of = start.shares or dict(zip(start.names, counts / max(counts.sum(), 1), strict=True))
+    shares = np.array([share_of[name] for name in start.names])
+    rng, of = np.random.default_rng(start.seed), dict(start.of)
+    new = [case for case in stratum if case not in of]
+    for label in sorted({stratum[case] for case in new}, key=str):
+        members = sorted(case for case in new if stratum[case] == label)
         for index in rng.permutation(len(members)):
-            total += 1  # whoever is furthest behind its share gets the next case, counted over all strata
-            behind = shares * total - np.array([len(v) for v in splits.values()])
-            list(splits.values())[int(np.argmax(behind))].append(members[index])
-    return {name: sorted(members) for name, members in splits.items()}
+            to = int(np.argmax(shares * (counts.sum() + 1) - counts))
+            counts[to] += 1
+            of[members[index]] = start.names[to]
+    return Assignment(start.names, of, start.shares, start.seed)

@@ -1,10 +1,12 @@
 """From written slides to a set: places for shards, the merged index, the files that TFDS opens, the manifest."""
 
+import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,11 +27,18 @@ from input_pipeline.tileset.writer import (
 _TFDS = "tensorflow_datasets.core.features"
 
 
-def finish(root: str | os.PathLike, spec: Spec, splits: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+ROWS = 1 << 20
+
+
+def finish(
+    root: str | os.PathLike,
+    spec: Spec,
+    splits: Mapping[str, Sequence[str]] | Mapping[str, float] | manifest.Assignment | None = None,
+) -> dict[str, Any]:
     """Merge the written slides into a set and return its manifest. Running it again changes nothing.
 
-    `splits` None keeps the splits there were; a set without any has all cases in 'train'. Cases in no split stay in
-    the set, belong to no split, and are listed in the manifest.
+    `splits` None keeps the splits there were and adds new cases to them (see `choose_splits`); a new set has all cases
+    in 'train'. Cases in no split stay in the set, belong to no split, and are listed in the manifest.
     """
     root = Path(root)
     written = written_slides(root)
@@ -45,15 +54,17 @@ def finish(root: str | os.PathLike, spec: Spec, splits: Mapping[str, Sequence[st
         raise TileSetError(
             f"{len(missing)} shards are missing, first of slide {missing[0]!r}; write these slides again"
         )
-    files = tfds_files(spec, slides, _ever_absent(root, spec, slides))
-    if old == document | {"sum": (old or {}).get("sum")} and not _stale(root, spec, slides, files):
+    if old == document | {"sum": (old or {}).get("sum")} and not _stale(root, spec, slides):
         return document
-    _check_sidecars(root, slides)
-    manifest.write_manifest(root, document | {"complete": False})
-    _move_shards(root, spec, slides, old)
-    _write_index(root, slides)
-    _write_tiles(root, spec, slides, document["cases"])
-    for name, text in files.items():
+    with contextlib.ExitStack() as stack:
+        types = INDEX | column_types(slides)
+        spools = {name: stack.enter_context(tempfile.TemporaryFile(dir=root)) for name in types}
+        absent = _read_sidecars(root, slides, types, spools)
+        manifest.write_manifest(root, document | {"complete": False})
+        _move_shards(root, spec, slides, old)
+        _write_index(root, slides, spools)
+        _write_tiles(root, slides, document["cases"], spools)
+    for name, text in tfds_files(spec, slides, absent).items():
         write_atomically(root / name, text.encode())
     manifest.write_manifest(root, document)
     for tombstone in (root / "slides").glob("*.removed"):
@@ -91,17 +102,13 @@ def _place(written: dict[str, dict], old: dict | None) -> list[dict[str, Any]]:
     return [{"shard": n} | {k: written[s][k] for k in keys} for s, n in sorted(slots.items(), key=lambda item: item[1])]
 
 
-def _document(spec: Spec, slides: list[dict], splits: Mapping | None, old: dict | None) -> dict[str, Any]:
+def _document(
+    spec: Spec, slides: list[dict], splits: Mapping | manifest.Assignment | None, old: dict | None
+) -> dict[str, Any]:
     cases = list(dict.fromkeys(s["case"] for s in slides))
-    default = splits is None and (old is None or old.get("default_splits") is True)
-    if default:
-        splits = {"train": cases}
-    elif splits is None:
-        assert old is not None
-        splits = {name: [c for c in members if c in cases] for name, members in old["splits"].items()}
-        if new := sorted(set(cases) - set(old["cases"])):
-            raise TileSetError(f"{len(new)} cases are new (first: {new[0]!r}) and in no split; give splits to finish")
-    checked = manifest.check_splits(splits, cases)
+    if not isinstance(splits, manifest.Assignment):
+        splits = manifest.choose_splits(splits, cases, [0] * len(cases), old)
+    checked = manifest.check_splits(splits.splits(cases), cases)
     document = {
         "format": manifest.FORMAT,
         "version": manifest.VERSION,
@@ -113,7 +120,7 @@ def _document(spec: Spec, slides: list[dict], splits: Mapping | None, old: dict 
         "slides": slides,
         "cases": cases,
         "splits": checked,
-        "default_splits": default,
+        "split_rule": splits.rule(cases),
         "cases_without_split": sorted(set(cases) - {c for members in checked.values() for c in members}),
     }
     document["hash"] = manifest.content_hash(document)
@@ -132,22 +139,33 @@ def _missing(root: Path, spec: Spec, slides: list[dict], old: dict | None) -> li
     return missing
 
 
-def _stale(root: Path, spec: Spec, slides: list[dict], files: dict[str, str]) -> bool:
+def _stale(root: Path, spec: Spec, slides: list[dict]) -> bool:
     """True when something that `finish` writes is not there; contents are what `verify` is for."""
     copies = [root / "manifest.json", root / "slides" / "manifest.json"]
     if not copies[0].exists() or copies[0].read_bytes() != copies[1].read_bytes():
         return True
+    files = tfds_files(spec, slides, set())
     names = [*files, "index.npz", "tiles.npz", *(manifest.shard_name(spec.name, s["shard"]) for s in slides)]
     pending = any(pending_path(root / "slides", s).exists() for s in slides)
     return pending or any(not (root / n).exists() for n in names) or any((root / "slides").glob("*.removed"))
 
 
-def _check_sidecars(root: Path, slides: list[dict]) -> None:
-    """A flipped bit in a slide's file must not enter the index of the set."""
+def _read_sidecars(
+    root: Path, slides: list[dict], types: dict[str, np.dtype], spools: Mapping[str, IO[bytes]]
+) -> set[str]:
+    """Every slide's file is opened once, its columns go to one spool each, in the order of the shards: memory is that
+    of one slide. A flipped bit must not enter the index of the set. Returns the partners that some tile does not have.
+    """
+    absent = set()
     for s in slides:
         columns = sidecar_columns(root, s["slide"], {*INDEX, *s["columns"]})
         if columns_digest(s["slide"], s["case"], columns) != s["digest"]:
             raise TileSetError(f"slides/{s['slide']}.npz is damaged; write the slide again", slide=s["slide"])
+        for name, spool in spools.items():
+            values = columns[name] if name in columns else np.full(s["tiles"], np.nan)
+            spool.write(np.ascontiguousarray(values, types[name]).tobytes())
+        absent |= {n.removeprefix("has_") for n, v in columns.items() if n.startswith("has_") and not v.all()}
+    return absent
 
 
 def _move_shards(root: Path, spec: Spec, slides: list[dict], old: dict | None) -> None:
@@ -161,17 +179,17 @@ def _move_shards(root: Path, spec: Spec, slides: list[dict], old: dict | None) -
             os.replace(pending, root / manifest.shard_name(spec.name, s["shard"]))
 
 
-def _column(root: Path, slides: list[dict], name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
-    for s in slides:
-        found = sidecar_columns(root, s["slide"], {name})
-        yield found[name] if name in found else np.full(s["tiles"], np.nan, dtype)
+def _pieces(spool: IO[bytes], dtype: np.dtype) -> Iterator[np.ndarray]:
+    spool.seek(0)
+    while data := spool.read(ROWS * dtype.itemsize):
+        yield np.frombuffer(data, dtype)
 
 
-def _write_index(root: Path, slides: list[dict]) -> None:
+def _write_index(root: Path, slides: list[dict], spools: Mapping[str, IO[bytes]]) -> None:
     rows = sum(s["tiles"] for s in slides)
     shard = (np.full(s["tiles"], s["shard"], np.int32) for s in slides)
     columns: dict[str, Column] = {"shard": (np.dtype(np.int32), rows, shard)}
-    columns |= {name: (dtype, rows, _column(root, slides, name, dtype)) for name, dtype in INDEX.items()}
+    columns |= {name: (dtype, rows, _pieces(spools[name], dtype)) for name, dtype in INDEX.items()}
     write_columns(root / "index.npz", columns)
 
 
@@ -183,7 +201,7 @@ def column_types(slides: list[dict]) -> dict[str, np.dtype]:
     return types | {n: np.dtype(np.bool_) for n in names if n.startswith("has_")}
 
 
-def _write_tiles(root: Path, spec: Spec, slides: list[dict], cases: list[str]) -> None:
+def _write_tiles(root: Path, slides: list[dict], cases: list[str], spools: Mapping[str, IO[bytes]]) -> None:
     rows = sum(s["tiles"] for s in slides)
     code = np.dtype(np.int32)
     number = {case: i for i, case in enumerate(cases)}
@@ -192,16 +210,8 @@ def _write_tiles(root: Path, spec: Spec, slides: list[dict], cases: list[str]) -
         "case": (code, rows, (np.full(s["tiles"], number[s["case"]], code) for s in slides)),
     }
     types = column_types(slides)
-    columns |= {name: (dtype, rows, _column(root, slides, name, dtype)) for name, dtype in types.items()}
+    columns |= {name: (dtype, rows, _pieces(spools[name], dtype)) for name, dtype in types.items()}
     write_columns(root / "tiles.npz", columns)
-
-
-def _ever_absent(root: Path, spec: Spec, slides: list[dict]) -> set[str]:
-    absent = set()
-    for s in slides:
-        columns = sidecar_columns(root, s["slide"], {f"has_{p.name}" for p in spec.partners})
-        absent |= {name.removeprefix("has_") for name, has in columns.items() if not has.all()}
-    return absent
 
 
 def _feature(kind: str, **body: Any) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def decode_payload(
     """
     into = into or {}
     try:
-        features = tfrecord.decode_example(payload)
+        features = tfrecord.decode_example(payload, {"he", *(p.name for p in spec.partners)})
     except tfrecord.RecordError as error:
         raise TileSetError(f"not an Example: {error}") from error
     name = "he"

@@ -34,8 +34,8 @@ def verify(
     except TileSetError as error:
         return [*faults, str(error), *_stray(root, None)]
     with tileset, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        numbers = range(len(tileset.slides))
-        checks = pool.map(lambda n: list(_slide_faults(tileset, n, deep)), numbers)
+        numbers, codes = range(len(tileset.slides)), {case: i for i, case in enumerate(tileset.cases)}
+        checks = pool.map(lambda n: list(_slide_faults(tileset, n, codes, deep)), numbers)
         for found in tqdm(checks, "verify", len(numbers), unit="slide", disable=not progress):
             faults += found
         faults += _tfds_faults(tileset)
@@ -57,12 +57,12 @@ def _archive_faults(root: Path) -> Iterator[str]:
             yield f"{path.relative_to(root)} is damaged: {error}"
 
 
-def _slide_faults(tileset: TileSet, number: int, deep: bool) -> Iterator[str]:
+def _slide_faults(tileset: TileSet, number: int, case_codes: dict[str, int], deep: bool) -> Iterator[str]:
     entry = tileset.manifest["slides"][number]
     slide, rows = entry["slide"], slice(*tileset.first_row[number : number + 2])
     columns = {name: tileset.index[name][rows] for name in INDEX}
     columns |= {name: tileset.tiles[name][rows] for name in entry["columns"]}
-    codes = {"slide": number, "case": tileset.cases.index(entry["case"])}
+    codes = {"slide": number, "case": case_codes[entry["case"]]}
     wrong = [(tileset.tiles[name][rows] != code).any() for name, code in codes.items()]
     if any(wrong) or (tileset.index["shard"][rows] != entry["shard"]).any():
         yield f"slide {slide!r}: shard, slide or case in index.npz or tiles.npz are not those of the manifest"
@@ -165,6 +165,7 @@ def _stray(root: Path, tileset: TileSet | None) -> Iterator[str]:
     """Files that look like data and belong to no slide: shards too many, and what a dead writer left."""
     slides = tileset.manifest["slides"] if tileset else []
     expected = {manifest.shard_name(tileset.spec.name, s["shard"]) for s in slides} if tileset else set()
+    known = {s["slide"] for s in slides}
     for path in sorted(p for folder in (root, root / "slides") if folder.is_dir() for p in folder.iterdir()):
         name = str(path.relative_to(root))
         if path.name.endswith(".part"):
@@ -173,5 +174,5 @@ def _stray(root: Path, tileset: TileSet | None) -> Iterator[str]:
             yield f"{name} is a shard of no slide; delete it"
         elif path.parent != root and path.name.endswith(".tfrecord"):
             yield f"{name} waits for finish, or was left by a writer that died"
-        elif path.parent != root and path.name.endswith(".npz") and tileset and path.name[:-4] not in tileset.slides:
+        elif path.parent != root and path.name.endswith(".npz") and tileset and path.name[:-4] not in known:
             yield f"{name} is a slide that is not in the manifest; run finish"

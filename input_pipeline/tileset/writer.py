@@ -186,7 +186,8 @@ def read_meta(sidecar: Path) -> dict[str, Any]:
         return meta
     except (KeyError, ValueError, AttributeError) as error:
         raise TileSetError(
-            f"{sidecar.name} is not readable: {error}; write the slide again", file=str(sidecar)
+            f"{sidecar.name} is not readable: {error}; delete that file and write the slide again (the same command)",
+            file=str(sidecar),
         ) from error
 
 

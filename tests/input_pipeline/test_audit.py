@@ -158,6 +158,25 @@ def test_a_long_comparison_stops_and_says_so(tmp_path, pictures):
     assert part.count == 5
     assert not part.complete
     assert "at least 5" in str(part)
+    (none,) = found(a, b, most_checked=0)
+    assert (none.kind, none.count, none.complete) == ("tile", 0, False)
+    assert "may share near-duplicate tiles: only 0 of 12 likely pairs were compared" in str(none)
+
+
+def test_a_partner_file_is_a_source_and_an_aid_is_none(tmp_path, pictures):
+    tiles = cut(pictures[0])
+    source = {
+        "files": {"he": {"sha256": "ab" * 32}, "if": {"sha256": "cd" * 32}},
+        "aids": {"cells": {"sha256": "ef" * 32}},
+    }
+    other = {"files": {"he": {"sha256": "12" * 32}, "if": {"sha256": "cd" * 32}}, "aids": source["aids"]}
+    a = tile_set(tmp_path / "a", {"s0": ("c0", tiles[:3], source)})
+    b = tile_set(tmp_path / "b", {"s1": ("c1", tiles[3:6], other)})
+    (finding,) = found(a, b, tiles=False)
+    assert (finding.kind, finding.count) == ("source", 1)
+    other["files"]["if"] = {"sha256": "34" * 32}
+    c = tile_set(tmp_path / "c", {"s1": ("c1", tiles[3:6], other)})
+    assert found(a, c, tiles=False) == []
 
 
 def test_a_broken_tile_is_an_error_not_a_gap(tmp_path, pictures):

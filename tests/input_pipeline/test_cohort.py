@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from input_pipeline import cohort
@@ -26,6 +28,9 @@ def test_a_row_becomes_a_slide_with_partners_labels_and_paths_beside_the_csv(tmp
     assert second.partners == ()
     assert second.mpp is None
     assert cohort.Slide.from_json(first.to_json()) == first
+    said = []
+    cohort.read(path, say=said.append)
+    assert said == [f"{path}: columns without effect: note"]
 
 
 @pytest.mark.parametrize(
@@ -35,8 +40,20 @@ def test_a_row_becomes_a_slide_with_partners_labels_and_paths_beside_the_csv(tmp
         ("slide_id,case_id,he\n", "names no slides"),
         ("slide_id,case_id,he\ns,c,a\nS,c,b\n", "twice"),
         ("slide_id,case_id,he\n../s,c,a\n", "refused"),
-        ("slide_id,case_id,he\ns,c,\n", "line 2: he, the path"),
-        ("slide_id,case_id,he,mpp_he\ns,c,a,20x\n", "a number, not '20x'"),
+        ("slide_id,case_id,he\ns,c,\n", "row 2: he, the path"),
+        ("slide_id,case_id,he,mpp_he\ns,c,a,20x\n", "a number above 0, not '20x'"),
+        ("slide_id,case_id,he,mpp_he\ns,c,a,-1\n", "a number above 0, not '-1'"),
+        ("slide_id,case_id,he,mpp_he\ns,c,a,nan\n", "a number above 0, not 'nan'"),
+        ("slide_id,case_id,he,lable\ns,c,a,1\n", "column 'lable' has no meaning; is it 'label'"),
+        ("slide_id,case_id,he,Label\ns,c,a,1\n", "is it 'label'"),
+        ("slide_id,case_id,he,patner_if\ns,c,a,b\n", "is it 'partner_if'"),
+        ("slide_id,case_id,he,mpp\ns,c,a,1\n", "is it 'mpp_he'"),
+        ("slide_id,case_id,he,label_Grade\ns,c,a,1\n", "lower case letters"),
+        ("slide_id,case_id,he,label\ns,c,a\n", "row 2: 3 fields"),
+        ("slide_id,case_id,he\ns,c,a,b\n", "row 2: 4 fields"),
+        ("slide_id,case_id,he,he\ns,c,a,b\n", "two columns are called 'he'"),
+        ("slide_id,case_id,he\ns,P1,a\nt,p1,b\n", "'P1' and 'p1' differ in nothing but"),
+        ("slide_id,case_id,he\ns,Mu\u0308,a\nt,M\u00fc,b\n", "differ in nothing but"),
         ("slide_id,case_id,he,mpp_if\ns,c,a,1\n", "no column partner_if"),
         ("slide_id,case_id,he,partner_if,kind_if\ns,c,a,b,picture\n", "allowed: image, map, vector"),
         ("slide_id,case_id,he,partner_IF\ns,c,a,b\n", "lower case"),
@@ -66,6 +83,48 @@ def test_a_folder_is_read_by_file_stem_and_tcga_patients_are_cases(tmp_path):
         cohort.read(tmp_path, case_pattern=r"(patient\d)")
 
 
+@pytest.mark.parametrize(("pattern", "message"), [("(", "no regular expression"), ("TCGA", "one group")])
+def test_a_case_pattern_that_is_none_is_refused(tmp_path, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        cohort.read(tmp_path, case_pattern=pattern)
+
+
+def test_a_slide_given_for_a_cohort_is_told_so(tmp_path):
+    path = tmp_path / "a.svs"
+    path.write_bytes(b"II*\x00\xff\xd8\xff\xe0" * 1000)
+    with pytest.raises(ValueError, match=r"not text in UTF-8 \(is it a slide"):
+        cohort.read(path)
+
+
+def test_hidden_files_and_results_in_the_folder_are_no_slides(tmp_path):
+    for name in (
+        "HE/a.svs",
+        "HE/._a.svs",
+        "CD3/a.tif",
+        "CD3/._a.tif",
+        "tiled/status.csv",
+        "tiled/cohort.json",
+        "packed/manifest.json",
+        "packed/picture.png",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (slide,) = cohort.read(tmp_path)
+    assert (slide.he, slide.partners) == (
+        tmp_path / "HE/a.svs",
+        (cohort.Partner("cd3", tmp_path / "CD3/a.tif", "image"),),
+    )
+
+
+def test_two_folders_of_one_name_are_refused(tmp_path):
+    for name in ("he", "if", "IF"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("this file system does not tell lower case from upper case")
+    with pytest.raises(ValueError, match="same partner 'if'"):
+        cohort.read(tmp_path)
+
+
 def test_a_partner_without_its_slide_is_not_passed_over(tmp_path):
     for name in ("he/a.svs", "if/b.tif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -83,3 +142,19 @@ def test_the_signature_follows_row_parameters_and_files(tmp_path):
     assert before != cohort.Slide("a", "d", slide.he).signature({"size": 256})
     (tmp_path / "a.svs").write_bytes(b"three")
     assert before != slide.signature({"size": 256})
+
+
+def test_the_signature_does_not_follow_the_place(tmp_path):
+    def slide(folder):
+        partner = cohort.Partner("if", folder / "a.tif", "image", None, folder / "a.json")
+        return cohort.Slide("a", "c", folder / "a.svs", partners=(partner,), cells=folder / "a.csv")
+
+    for name in ("a.svs", "a.tif", "a.json", "a.csv", "b.tif"):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        (tmp_path / "old" / name).write_text(name)
+    before = slide(tmp_path / "old").signature({})
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    moved = slide(tmp_path / "new")
+    assert moved.signature({}) == before
+    renamed = cohort.Partner("if", tmp_path / "new" / "b.tif", "image", None, tmp_path / "new" / "a.json")
+    assert cohort.Slide("a", "c", moved.he, partners=(renamed,), cells=moved.cells).signature({}) != before

@@ -1,6 +1,11 @@
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from input_pipeline import pool
@@ -22,6 +27,42 @@ def die_on_five(item: int) -> int:
 
 def environment(item: int) -> str | None:
     return os.environ.get("OMP_NUM_THREADS")
+
+
+def say_where_and_sleep(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(120)
+
+
+def work(folder: str) -> None:
+    list(pool.run(say_where_and_sleep, [folder] * 6, workers=2, progress=False))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_end_with_the_one_that_started_them(tmp_path, how):
+    script = f"from tests.input_pipeline.test_pool import work; work({str(tmp_path)!r})"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2], stderr=-1) as process:
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+        started = [int(p.name) for p in tmp_path.iterdir()]
+        assert all(map(is_alive, started))
+        process.send_signal(how)
+        process.communicate(timeout=20)
+    wait_for(lambda: not any(map(is_alive, started)))
+    assert len(list(tmp_path.iterdir())) == 2  # nothing of what was queued has been begun
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,12 +1,15 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from input_pipeline import cohort, tile
+from input_pipeline.files import only_one
 from input_pipeline.slides.transform import Transform
 from mfl_jax import cli
 from tests.input_pipeline.cohort_samples import edit_rows
@@ -155,7 +158,8 @@ def test_the_command_ends_with_1_when_a_slide_failed(plain_csv, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "change", [{"size": 4}, {"mpp": 20.0}, {"max_pen": 1.5}, {"registration": "rigid"}, {"step": 0}]
+    "change",
+    [{"size": 4}, {"mpp": 20.0}, {"max_pen": 1.5}, {"registration": "rigid"}, {"step": 0}, {"max_error_um": 0.0}],
 )
 def test_parameters_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=r"not|allowed"):
@@ -165,3 +169,193 @@ def test_parameters_out_of_range_are_refused(change):
 def test_text_that_a_spreadsheet_would_run_is_quoted():
     assert tile.guard_formula("=cmd|' /C calc'!A0") == "'=cmd|' /C calc'!A0"
     assert tile.guard_formula("tumour") == "tumour"
+
+
+def times_of(folder: Path) -> dict[str, int]:
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "status.json"]
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in files}
+
+
+def test_slides_that_lie_where_the_results_go_are_refused_and_stay(plain_csv, tmp_path):
+    slide = cohort.read(plain_csv)[0]
+    inside = tmp_path / "dl" / "slides" / slide.slide_id / slide.he.name
+    inside.parent.mkdir(parents=True)
+    shutil.move(slide.he, inside)
+    edit_rows(plain_csv, lambda row: row.update(he=str(inside)) if row["slide_id"] == slide.slide_id else None)
+    with pytest.raises(ValueError, match=r"lies in .*slides, where the results go"):
+        run(plain_csv, tmp_path / "dl")
+    assert sorted(p.name for p in (tmp_path / "dl").rglob("*")) == sorted(["slides", slide.slide_id, slide.he.name])
+
+    link = tmp_path / "link.svs"
+    link.symlink_to(inside)
+    edit_rows(plain_csv, lambda row: row.update(he=str(link)) if row["slide_id"] == slide.slide_id else None)
+    with pytest.raises(ValueError, match="where the results go"):
+        run(plain_csv, tmp_path / "dl")
+
+
+@pytest.mark.parametrize("name", ["Slidedat.ini", "status.json/data"])
+def test_a_folder_of_something_else_is_left_as_it_is(plain_csv, tmp_path, name):
+    edit_rows(plain_csv, only_first(plain_csv))
+    first = cohort.read(plain_csv)[0].slide_id
+    stranger = tmp_path / "out" / "slides" / first / name
+    stranger.parent.mkdir(parents=True)
+    stranger.write_text("[GENERAL]")
+    for _ in range(2):
+        report, _ = run(plain_csv, tmp_path / "out")
+        assert "did not write" in report.failed[0]["reason"]
+        assert stranger.read_text() == "[GENERAL]"
+        assert len(list(stranger.parent.iterdir())) == 1
+
+
+def only_first(table: Path):
+    first = cohort.read(table)[0].slide_id
+    return lambda row: row["slide_id"] == first
+
+
+def test_slides_that_are_away_for_a_while_keep_what_was_found(plain_csv, tmp_path):
+    out, he = tmp_path / "out", cohort.read(plain_csv)[0].he.parent
+    run(plain_csv, out)
+    before = times_of(out / "slides")
+    he.rename(tmp_path / "away")
+    for _ in range(2):
+        report, _ = run(plain_csv, out)
+        assert len(report.failed) == 3
+        assert all("there is no file" in row["reason"] for row in report.failed)
+        assert not any(tile.is_done(out, s, PARAMS) for s in cohort.read(plain_csv))
+    (tmp_path / "away").rename(he)
+    report, said = run(plain_csv, out)
+    assert (report.kept, report.failed, said) == (3, [], [])
+    assert times_of(out / "slides") == before
+    assert [row["state"] for row in report.rows] == ["done"] * 3
+
+
+def test_a_slide_that_fails_in_the_middle_keeps_what_was_found(plain_csv, tmp_path, monkeypatch):
+    edit_rows(plain_csv, only_first(plain_csv))
+    run(plain_csv, tmp_path / "out")
+    before = times_of(tmp_path / "out" / "slides")
+
+    def fail(*_, **__):
+        raise MemoryError("picture")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tile.qc, "qc_picture", fail)
+        assert run(plain_csv, tmp_path / "out", tile.Params(size=96, mpp=0.5))[0].failed
+    assert times_of(tmp_path / "out" / "slides") == before
+    assert run(plain_csv, tmp_path / "out")[0].kept == 1
+
+
+def test_what_a_killed_run_left_is_cleared(plain_csv, tmp_path):
+    edit_rows(plain_csv, only_first(plain_csv))
+    name = cohort.read(plain_csv)[0].slide_id
+    left = tmp_path / "out" / "slides" / f".{name}.part"
+    left.mkdir(parents=True)
+    (left / "tiles.npz").write_bytes(b"half")
+    assert not run(plain_csv, tmp_path / "out")[0].failed
+    assert [p.name for p in (tmp_path / "out" / "slides").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "flipped"])
+def test_damaged_tiles_are_made_again(plain_csv, tmp_path, damage):
+    edit_rows(plain_csv, only_first(plain_csv))
+    run(plain_csv, tmp_path / "out")
+    path = tmp_path / "out" / "slides" / cohort.read(plain_csv)[0].slide_id / "tiles.npz"
+    whole = path.read_bytes()
+    if damage == "removed":
+        path.unlink()
+    else:
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] if damage == "cut" else whole.replace(whole[150:160], b"0123456789"))
+    assert run(plain_csv, tmp_path / "out")[0].kept == 0
+    assert path.read_bytes() == whole
+    assert run(plain_csv, tmp_path / "out")[0].kept == 1
+
+
+def test_data_that_moved_is_not_done_again(plain_csv, tmp_path):
+    run(plain_csv, tmp_path / "out")
+    moved = Path(shutil.move(plain_csv.parent, tmp_path / "elsewhere")) / plain_csv.name
+    assert run(moved, tmp_path / "out")[0].kept == 3
+    assert "elsewhere" in (tmp_path / "out" / "cohort.json").read_text()
+
+
+def write_table(path: Path, rows: list[dict]) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(n for row in rows for n in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_partner_that_cannot_be_packed_fails_its_slide_alone_and_before_the_work(plain_csv, tmp_path):
+    slide = cohort.read(plain_csv)[0]
+    (tmp_path / "broken.tif").write_bytes(b"II*\0 no slide")
+    (tmp_path / "notes.csv").write_text("x_um,y_um,note\n1,2,seen\n")
+    (tmp_path / "places.csv").write_text("x,y,CD8A\n1,2,3\n")
+    (tmp_path / "broken.json").write_text("{}")
+    deep = np.zeros((600, 600, 3), np.uint16)
+    tifffile.imwrite(tmp_path / "deep.ome.tif", deep, metadata={"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5})
+    floats = np.zeros((600, 600), np.float32)
+    tifffile.imwrite(tmp_path / "floats.ome.tif", floats, metadata={"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5})
+    Image.fromarray(np.zeros((600, 600), np.uint8)).save(tmp_path / "no_mpp.png")
+    changes = {
+        "fine": {},
+        "map": {"partner_a": "broken.tif", "kind_a": "map"},
+        "float_map": {"partner_a": "floats.ome.tif", "kind_a": "map"},
+        "float_image": {"partner_a": "floats.ome.tif"},
+        "unknown_mpp": {"partner_a": "no_mpp.png", "kind_a": "map"},
+        "no_genes": {"partner_a": "notes.csv"},
+        "no_places": {"partner_a": "places.csv"},
+        "transform": {"partner_a": str(slide.he), "transform_a": "broken.json"},
+        "he_of_16_bits": {"he": "deep.ome.tif"},
+    }
+    rows = [{"slide_id": name, "case_id": "c", "he": str(slide.he)} | change for name, change in changes.items()]
+    report, _ = run(write_table(tmp_path / "cohort.csv", rows), tmp_path / "out")
+    reasons = {row["slide_id"]: row["reason"] for row in report.failed}
+    assert sorted(reasons) == sorted(set(changes) - {"fine"})
+    for name, part in {
+        "map": "broken.tif",
+        "float_map": "a map holds whole numbers, not float32",
+        "float_image": "pixels are float32",
+        "unknown_mpp": "mpp_a",
+        "no_genes": "no column of numbers",
+        "no_places": "lacks the columns",
+        "transform": "broken.json",
+        "he_of_16_bits": "H&E is RGB of 8 bits, this is 3 channels of uint16",
+    }.items():
+        assert part in reasons[name]
+    assert (report.ledger.slides, report.ledger.tiles) == (1, report.rows[0]["tiles"])
+
+
+def test_tiles_finer_than_the_slide_are_said_aloud(plain_csv, tmp_path):
+    edit_rows(plain_csv, only_first(plain_csv))
+    report, said = run(plain_csv, tmp_path / "out", tile.Params(size=128, mpp=0.25))
+    assert not report.failed
+    assert len(said) == 1
+    assert "tiles of 0.25 um per pixel are enlarged 2.0 times from a slide of 0.5" in said[0]
+    status = tile.read_status(tmp_path / "out", cohort.read(plain_csv)[0])
+    assert any("enlarged" in note for note in status["notes"])
+    assert run(plain_csv, tmp_path / "out", tile.Params(size=128, mpp=0.5))[1] == []
+
+
+def test_the_gate_of_registration_is_as_narrow_as_asked_for(cohort_csv, tmp_path):
+    def only_if(row):
+        if row["slide_id"] != first:
+            return False
+        for column in row:
+            if column.startswith(("partner_", "kind_", "transform_")) and not column.endswith("_if"):
+                row[column] = ""
+        return True
+
+    first = cohort.read(cohort_csv)[0].slide_id
+    edit_rows(cohort_csv, only_if)
+    _, said = run(cohort_csv, tmp_path / "out", tile.Params(size=128, mpp=0.5, max_error_um=0.01))
+    assert len(said) == 1
+    assert "partner if is left out" in said[0]
+
+
+def test_two_runs_do_not_work_in_one_folder(plain_csv, tmp_path):
+    edit_rows(plain_csv, only_first(plain_csv))
+    with only_one(tmp_path / "out"), pytest.raises(ValueError, match="at work"):
+        run(plain_csv, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    assert not run(plain_csv, tmp_path / "out")[0].failed
+    assert not (tmp_path / "out" / ".lock").exists()

@@ -1,13 +1,24 @@
 import json
 import os
 import shutil
+from collections import Counter
 from contextlib import suppress
 
 import numpy as np
 import pytest
 
-from input_pipeline.tileset import Record, Spec, TileSet, TileSetError, finish, remove_slide, write_slide
-from input_pipeline.tileset.manifest import read_manifest, split_cases
+from input_pipeline.tileset import (
+    Record,
+    Spec,
+    TileSet,
+    TileSetError,
+    choose_splits,
+    finish,
+    remove_slide,
+    write_slide,
+    writer,
+)
+from input_pipeline.tileset.manifest import read_manifest, split_cases, write_manifest
 from input_pipeline.tileset.mapped import open_columns
 from input_pipeline.tileset.verify import verify
 from tests.input_pipeline.tileset.samples import PARTNERS, SPEC, contents, record, records, write_set
@@ -99,18 +110,61 @@ def test_wrong_splits_are_refused_and_the_set_stays(root, message):
     assert contents(root) == before
 
 
-def test_splits_are_kept_extended_or_asked_for(tmp_path):
+def test_splits_are_kept_and_new_cases_added_to_them(tmp_path):
     write_slide(tmp_path, SPEC, "A", "c1", [record(0)])
     assert finish(tmp_path, SPEC)["splits"] == {"train": ["c1"]}
     write_slide(tmp_path, SPEC, "B", "c2", [record(1)])
     assert finish(tmp_path, SPEC)["splits"] == {"train": ["c1", "c2"]}
-    document = finish(tmp_path, SPEC, {"train": ["c2"]})
-    assert (document["splits"], document["cases_without_split"]) == ({"train": ["c2"]}, ["c1"])
+    document = finish(tmp_path, SPEC, {"train": ["c2"], "test": []})
+    assert (document["splits"], document["cases_without_split"]) == ({"train": ["c2"], "test": []}, ["c1"])
     write_slide(tmp_path, SPEC, "C", "c3", [record(2)])
-    with pytest.raises(TileSetError, match=r"1 cases are new \(first: 'c3'\).*give splits"):
-        finish(tmp_path, SPEC)
+    document = finish(tmp_path, SPEC)
+    assert (document["splits"], document["cases_without_split"]) == ({"train": ["c2", "c3"], "test": []}, ["c1"])
     finish(tmp_path, SPEC, {"train": ["c2"], "test": ["c3"]})
     assert TileSet.open(tmp_path).ids("test").tolist() == [2]
+
+
+def test_a_case_that_comes_back_finds_its_old_split(root):
+    finish(root, SPEC, {"train": ["case-2"], "test": ["case-1"]})
+    remove_slide(root, "A 1")
+    assert finish(root, SPEC)["splits"] == {"train": ["case-2"], "test": []}
+    write_slide(root, SPEC, "A 1", "case-1", records(range(2)))
+    assert finish(root, SPEC)["splits"] == {"train": ["case-2"], "test": ["case-1"]}
+
+
+BAD_RULES = [
+    7,
+    {"shares": None, "seed": 0},
+    {"shares": None, "seed": -1, "absent": {}},
+    {"shares": None, "seed": 0, "absent": {"c": "val"}},
+    {"shares": None, "seed": 0, "absent": {"c": ["train"]}},
+    {"shares": {"train": 1.0}, "seed": 0, "absent": {}},
+    {"shares": {"train": 0.5, "test": 0.6}, "seed": 0, "absent": {}},
+    {"shares": {"train": True, "test": 0.0}, "seed": 0, "absent": {}},
+]
+
+
+@pytest.mark.parametrize("rule", BAD_RULES)
+def test_a_wrong_rule_of_splits_is_refused_even_with_a_right_checksum(root, rule):
+    write_manifest(root, read_manifest(root) | {"split_rule": rule})
+    with pytest.raises(TileSetError, match=r"split_rule|shares"):
+        read_manifest(root)
+
+
+def test_every_sidecar_is_opened_twice_at_most(root, monkeypatch):
+    opened = Counter()
+
+    def counted(path, only=None):
+        opened[path.name] += 1
+        return open_columns(path, only)
+
+    monkeypatch.setattr(writer, "open_columns", counted)
+    (root / "index.npz").unlink()
+    finish(root, SPEC)
+    assert opened == {"A 1.npz": 2, "B.npz": 2, "C.npz": 2}
+    opened.clear()
+    finish(root, SPEC)
+    assert opened == {"A 1.npz": 1, "B.npz": 1, "C.npz": 1}
 
 
 def test_slides_of_other_parameters_are_refused(root):
@@ -288,3 +342,42 @@ def test_split_cases_is_by_case_stratified_and_the_same_in_any_order():
     assert split_cases(cases, labels, fractions, seed=2) != splits
     with pytest.raises(TileSetError, match="sum to 1"):
         split_cases(cases, labels, {"train": 0.6})
+
+
+def test_splits_of_shares_are_sticky():
+    shares = {"train": 0.5, "val": 0.25, "test": 0.25}
+    cases = [f"c{i:02}" for i in range(40)]
+    labels = [i % 2 for i in range(40)]
+
+    def manifest_of(assignment, present):
+        splits = assignment.splits(present)
+        return {"cases": present, "splits": splits, "split_rule": assignment.rule(present)}
+
+    first = choose_splits(shares, cases[:20], labels[:20], seed=3)
+    assert {n: len(c) for n, c in first.splits(cases).items()} == {"train": 10, "val": 5, "test": 5}
+    old = manifest_of(first, cases[:20])
+    for again in (None, shares):  # 20 new cases, one of the old ones is away
+        second = choose_splits(again, cases[1:], labels[1:], old, seed=3)
+        assert all(second.of[case] == first.of[case] for case in cases[:20])
+        counts = {n: len(c) for n, c in second.splits(cases[1:]).items()}
+        assert all(abs(counts[n] - share * 39) <= 1 for n, share in shares.items())
+        third = choose_splits(None, cases, labels, manifest_of(second, cases[1:]))
+        assert third.of == second.of
+    other = choose_splits({"train": 0.25, "val": 0.25, "test": 0.5}, cases[:20], labels[:20], old, seed=3)
+    assert {n: len(c) for n, c in other.splits(cases).items()} == {"train": 5, "val": 5, "test": 10}
+
+
+def test_new_cases_join_lists_by_the_share_these_have():
+    lists = {"train": ["a", "b", "c"], "test": ["d"]}
+    first = choose_splits(lists, [*"abcde"], [0] * 5)
+    old = {"cases": [*"abcde"], "splits": first.splits("abcde"), "split_rule": first.rule("abcde")}
+    new = [f"n{i}" for i in range(40)]
+    second = choose_splits(None, [*"abcde", *new], [0] * 45, old)
+    assert {n: len(c) for n, c in second.splits(second.of).items()} == {"train": 33, "test": 11}
+    assert second.of["e"] is None
+
+
+@pytest.mark.parametrize("shares", [{"train": 0.7}, {"Train": 1.0}, {"train": 0.5, "test": ["a"]}, {"train": np.nan}])
+def test_wrong_shares_are_refused(shares):
+    with pytest.raises(TileSetError, match=r"sum to 1|lower case|all shares"):
+        choose_splits(shares, ["a"], [0])

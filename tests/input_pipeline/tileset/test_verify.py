@@ -179,3 +179,23 @@ def test_it_changes_nothing(root):
     before = contents(root)
     verify(root, deep=True)
     assert contents(root) == before
+
+
+def test_no_list_is_searched_once_for_each_slide(root, monkeypatch):
+    """With 10^5 slides that alone would take minutes."""
+
+    class Unsearched(list):
+        def index(self, *_):
+            raise AssertionError("searched")
+
+        __contains__ = index
+
+    opened = TileSet.open
+
+    def unsearched(folder):
+        tileset = opened(folder)
+        tileset.slides, tileset.cases = Unsearched(tileset.slides), Unsearched(tileset.cases)
+        return tileset
+
+    monkeypatch.setattr(TileSet, "open", unsearched)
+    assert verify(root, deep=True) == []
