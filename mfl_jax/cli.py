@@ -5,8 +5,10 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+SPLITS_HELP = "shares of the cases, or a CSV: case_id,split (default: as before; a new set has train=.7,val=.1,test=.2)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,7 +149,7 @@ def tile(options: argparse.Namespace) -> int:
 
     names = ("size", "mpp", "step", "min_tissue", "max_pen", "max_blur", "default_mpp", "registration", "max_error_um")
     params = Params(**{name: getattr(options, name) for name in names})
-    slides = cohort.read(options.cohort, case_pattern=options.case_pattern)
+    slides = cohort.read(options.cohort, case_pattern=options.case_pattern, say=_say)
     if options.cohort.is_dir():
         cases = len({s.case_id for s in slides})
         print(f"{len(slides)} slides of {cases} cases, which are guessed from the file names: look at status.csv")
@@ -172,9 +174,7 @@ def _add_pack(commands) -> None:
         "--min-score", type=float, help="leave out partner tiles that agree less with the H&E (-1 to 1)"
     )
     command.add_argument("--min-inside", type=float, default=0.98, help="least share of a tile on the partner slide")
-    command.add_argument(
-        "--splits", default="train=0.7,val=0.1,test=0.2", help="shares of the cases, or a CSV: case_id,split"
-    )
+    command.add_argument("--splits", help=SPLITS_HELP)
     command.add_argument("--split-seed", type=int, default=0)
     command.add_argument("--runner", choices=("local", "beam"), default="local")
     _add_work(command)
@@ -192,7 +192,7 @@ def pack(options: argparse.Namespace) -> int:
         options.tiled,
         options.out,
         params,
-        splits=read_splits(options.splits),
+        splits=read_splits(options.splits) if options.splits else None,
         split_seed=options.split_seed,
         workers=options.workers,
         runner=options.runner,
@@ -202,6 +202,7 @@ def pack(options: argparse.Namespace) -> int:
     print(report.ledger.table())
     for what, count in report.counts.items():
         print(f"{count:>10,}  {what}")
+    print(f"cases: {_cases(report.splits)}")
     print(f"{len(report.failed)} slides failed ({report.kept} were packed before); next: mfl verify {options.out}")
     return 1 if report.failed else 0
 
@@ -231,8 +232,10 @@ def import_pairs(options: argparse.Namespace) -> int:
     from input_pipeline.pack import read_splits
 
     wanted = [(column, "image") for column in options.image] + [(column, "map") for column in options.map]
+    if both := set(options.image) & set(options.map):
+        raise ValueError(f"columns {sorted(both)} are given as --image and as --map; say one")
     partners = {column: partner_like(sample_of(options.table, column), column, kind) for column, kind in wanted}
-    manifest = import_folder(
+    report = import_folder(
         options.table,
         options.out,
         name=options.name,
@@ -245,9 +248,15 @@ def import_pairs(options: argparse.Namespace) -> int:
         seed=options.split_seed,
         workers=options.workers,
         progress=not options.quiet,
+        say=_say,
     )
-    print(f"{len(manifest['slides'])} fields imported; next: mfl verify {options.out}")
-    return 0
+    print(f"{len(report.manifest['slides'])} fields imported; cases: {_cases(report.splits)}")
+    print(f"{len(report.failed)} fields failed; next: mfl verify {options.out}")
+    return 1 if report.failed else 0
+
+
+def _cases(splits: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} in {name}" for name, count in splits.items()) or "in no split"
 
 
 def _add_verify(commands) -> None:

@@ -65,9 +65,16 @@ def _crew(work: Work, tasks: SimpleQueue) -> None:
         del task, future
 
 
+def _tensorflow():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else every start prints what the CPU can do
+    import tensorflow
+
+    return tensorflow
+
+
 def tf_dataset(work: Work, first: int, stop: int, *, workers: int, ahead: int):
     """The tf.data graph: a range and one Python function, in order; nothing random and nothing stateful."""
-    import tensorflow as tf
+    tf = _tensorflow()
 
     def done(number):
         work(int(number))
@@ -86,8 +93,7 @@ def tf_dataset(work: Work, first: int, stop: int, *, workers: int, ahead: int):
 
 def tfdata(work: Work, first: int, stop: int, *, workers: int, ahead: int) -> Done:
     """Imports tensorflow here and now, not in the first batch, where it would count as a stall."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else every start prints what the CPU can do
-    import tensorflow as tf
+    tf = _tensorflow()
 
     with contextlib.suppress(RuntimeError):  # already initialised: then it is the user's own choice
         tf.config.set_visible_devices([], "GPU")
@@ -108,7 +114,7 @@ def tfdata(work: Work, first: int, stop: int, *, workers: int, ahead: int) -> Do
 
 def _drain(dataset, first: int, failures: dict[int, Exception], closed: threading.Event) -> Done:
     """Must be closed before the interpreter ends: a call into Python that is still wanted then would wait for ever."""
-    from tensorflow import errors
+    errors = _tensorflow().errors
 
     iterator = dataset.as_numpy_iterator()
     number = first
