@@ -66,7 +66,10 @@ def _crew(work: Work, tasks: SimpleQueue) -> None:
 
 
 def _tensorflow():
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else every start prints what the CPU can do
+    for name, value in (("TF_CPP_MIN_LOG_LEVEL", "2"), ("TF_ENABLE_ONEDNN_OPTS", "0")):
+        os.environ.setdefault(
+            name, value
+        )  # else every start prints what the CPU can do; nothing here is computed by it
     import tensorflow
 
     return tensorflow
