@@ -345,5 +345,5 @@ def test_missing_extras_are_named(tmp_path, monkeypatch):
         open_slide(tmp_path / "a.mrxs")
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
     (tmp_path / "a.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 50)
-    with pytest.raises(SlideError, match=r"pip install 'mfl-jax\[dicom\]'"):
+    with pytest.raises(SlideError, match=r"pip install -e '.\[dicom\]'"):
         open_slide(tmp_path / "a.dcm")
