@@ -55,9 +55,11 @@ def save_picture(path: str | os.PathLike, picture: np.ndarray) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def sha256(path: str | os.PathLike) -> str:
+def facts(path: Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file: what a tile set records of its sources."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"name": path.name, "size": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
 def write_json(path: str | os.PathLike, document: Any) -> None:

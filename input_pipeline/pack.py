@@ -17,7 +17,7 @@ import numpy as np
 from input_pipeline import annotations, cohort, pool
 from input_pipeline import tile as tiling
 from input_pipeline.describe import Labels, number, partner_like
-from input_pipeline.files import only_one, read_json, sha256
+from input_pipeline.files import facts, only_one, read_json
 from input_pipeline.ledger import Ledger, Stopwatch
 from input_pipeline.slides import register, similarity, warp
 from input_pipeline.slides.reader import Slide, open_slide
@@ -258,12 +258,8 @@ def _source_files(row: cohort.Slide, rejected: Collection[str]) -> dict[str, Any
     used = [p for p in row.partners if p.name not in rejected]
     files = {"he": row.he} | {p.name: p.path for p in used}
     aids = {f"transform_{p.name}": p.transform for p in used} | {"cells": row.cells, "regions": row.regions}
-    found = [{name: _facts(path) for name, path in paths.items() if path} for paths in (files, aids)]
+    found = [{name: facts(path) for name, path in paths.items() if path} for paths in (files, aids)]
     return {"files": found[0], "aids": found[1]}
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
 
 
 class _Source:

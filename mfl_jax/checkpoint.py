@@ -20,6 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from mfl_jax.trees import named_leaves
+
 VERSION = 1
 DIGESTS, META, STATE = "digests.json", "meta.json", "state"
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Returns when the state is copied; `check` or `wait` later says whether it reached the disk."""
         self.wait()
-        named = by_name(state)
+        named = named_leaves(state)
         described = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named.items()}
         document = {"version": VERSION, "step": step, "leaves": described, "meta": dict(meta)}
         part = self.folder / f"{step}.part"
@@ -111,8 +113,7 @@ class Checkpoints:
             self._writer.wait_until_finished()
             if self._primary:
                 (part / META).write_text(json.dumps(document, indent=1))
-                digests = {name: _digest(path) for name, path in _files(part).items()}
-                (part / DIGESTS).write_text(json.dumps(digests, indent=1))
+                write_digests(part)
                 part.replace(part.with_suffix(""))
                 self._prune()
         except BaseException as error:
@@ -139,7 +140,7 @@ class Checkpoints:
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         folder = self.folder / str(step)
         document = json.loads((folder / META).read_text())
-        wanted = by_name(like)
+        wanted = named_leaves(like)
         check_fits(wanted, document["leaves"], f"checkpoint of step {step}")
         restored = self._writer.restore(folder / STATE, args=ocp.args.StandardRestore(wanted))
         return from_names(like, restored), document["meta"]
@@ -158,14 +159,8 @@ def _agreed(step: int | None) -> int | None:
     return None if chosen < 0 else chosen
 
 
-def by_name(tree: Any) -> dict[str, Any]:
-    """{'params/enc/kernel': leaf, ...}"""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def from_names(like: Any, named: Mapping[str, Any]) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in by_name(like)])
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in named_leaves(like)])
 
 
 def check_fits(wanted: Mapping[str, Any], stored: Mapping[str, Any], what: str) -> None:
@@ -196,6 +191,17 @@ def _files(folder: Path) -> dict[str, Path]:
     return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != DIGESTS}
 
 
+def write_digests(folder: Path) -> None:
+    """The digest of every file, and under its own name that of the list, so that damage to the list is not blamed on
+    a file it names."""
+    digests = {name: _digest(path) for name, path in _files(folder).items()}
+    (folder / DIGESTS).write_text(json.dumps(digests | {DIGESTS: _sum(digests)}, indent=1))
+
+
+def _sum(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
 def _verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None when it is whole and of this version."""
     try:
@@ -204,6 +210,8 @@ def _verify(folder: Path) -> str | None:
         return f"{DIGESTS} is not readable: {error}"
     if not isinstance(expected, dict) or META not in expected:
         return f"{DIGESTS} does not list {META}"
+    if expected.pop(DIGESTS, None) != _sum(expected):
+        return f"{DIGESTS} has changed since it was written"
     found = _files(folder)
     for name in sorted(set(expected) | set(found)):
         if name not in found:

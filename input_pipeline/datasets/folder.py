@@ -9,7 +9,6 @@ Any other column is kept: numbers as columns of every tile, text in the manifest
 into a grid that covers them; what a tile has outside its field is white (or 0 in a partner that is not RGB).
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from input_pipeline import describe
 from input_pipeline.describe import number
+from input_pipeline.files import facts as file_facts
 from input_pipeline.files import only_one
 from input_pipeline.pool import available_cores
 from input_pipeline.slides.reader import Slide, open_slide
@@ -232,7 +232,7 @@ def _write_field(plan: _Plan, out: Path, row: Row, partners: dict[str, Partner],
     paths = {column: plan.folder / row[column] for column in (plan.he, *partners) if row[column]}
     if plan.he not in paths:
         raise TileSetError(f"column {plan.he!r} is empty")
-    files = {column: _file_facts(path) for column, path in paths.items()}
+    files = {column: file_facts(path) for column, path in paths.items()}
     facts = {key: row.get(key, "") for key in ("label", "mpp", *plan.numbers)}
     source = {"files": files, "row": facts, "info": {c: row[c] for c in plan.texts}}
     if done and (done["spec_sha256"], done["source"], done["case"]) == (plan.spec.sha256, source, row["case_id"]):
@@ -241,12 +241,6 @@ def _write_field(plan: _Plan, out: Path, row: Row, partners: dict[str, Partner],
         remove_slide(out, row["slide_id"])
     records = _records(plan, row, paths, partners)
     write_slide(out, plan.spec, row["slide_id"], row["case_id"], records, source)
-
-
-def _file_facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"name": path.name, "size": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
 def _records(plan: _Plan, row: Row, paths: dict[str, Path], partners: dict[str, Partner]) -> Iterator[Record]:

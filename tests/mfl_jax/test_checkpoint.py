@@ -1,6 +1,5 @@
 """Checkpoints that were damaged are found, named and passed over; those that do not fit are refused."""
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from mfl_jax import checkpoint, metrics
-from mfl_jax.checkpoint import DIGESTS, META, CheckpointError, Checkpoints
+from mfl_jax.checkpoint import DIGESTS, META, CheckpointError, Checkpoints, write_digests
 from tests.mfl_jax import synthetic, toy
 
 ROOT = Path(__file__).parents[2]
@@ -123,9 +122,7 @@ def test_other_damage_is_found_too(copied, fault):
     elif fault == "future":
         document = json.loads((newest / META).read_text()) | {"version": 99}
         (newest / META).write_text(json.dumps(document))
-        digests = json.loads((newest / DIGESTS).read_text())
-        digests[META] = hashlib.sha256((newest / META).read_bytes()).hexdigest()
-        (newest / DIGESTS).write_text(json.dumps(digests))
+        write_digests(newest)
     (step, found, _), checkpoints = restored(copied)
     assert step == 2
     assert (fault != "future") or "version 99" in checkpoints.faults[3]
