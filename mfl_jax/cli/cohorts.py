@@ -1,105 +1,28 @@
-"""`mfl <command>`: one function a command, thin over the packages; heavy imports wait until a command needs them."""
+"""From slides on disk to a tile set: phantom, tile, pack, import, verify, audit, show."""
 
 import argparse
-import contextlib
-import logging
-import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+
+from mfl_jax.cli.parts import add_command, add_work, say
 
 SPLITS_HELP = "shares of the cases, or a CSV: case_id,split (default: as before; a new set has train=.7,val=.1,test=.2)"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all is well, 1 the work found faults (failed slides, a damaged set, a leak), 2 a wrong request."""
-    options = parser().parse_args(arguments)
-    with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there handles signals
-        signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"mfl {options.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"mfl {options.command}: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("mfl", description="Encoders for routine H&E, taught by denser partner images.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (
-        _add_doctor,
-        _add_demo,
-        _add_phantom,
-        _add_tile,
-        _add_pack,
-        _add_import,
-        _add_verify,
-        _add_audit,
-        _add_show,
-        _add_train,
-        _add_report,
-    ):
+def add(commands) -> None:
+    for add in (_add_phantom, _add_tile, _add_pack, _add_import, _add_verify, _add_audit, _add_show):
         add(commands)
-    return top
-
-
-def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=help, description=run.__doc__ or help)
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_work(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=int, help="processes (default: the cores there are; 0: in this process)")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def _add_doctor(commands) -> None:
-    _command(commands, "doctor", doctor, "versions, devices, readers, and what is missing")
-
-
-def doctor(options: argparse.Namespace) -> int:
-    from mfl_jax.doctor import report
-
-    lines, healthy = report()
-    print("\n".join(lines))
-    return 0 if healthy else 1
-
-
-def _add_demo(commands) -> None:
-    command = _command(commands, "demo", demo, "the whole path on slides drawn by the phantom")
-    command.add_argument("--out", type=Path, default=Path("demo"))
-    command.add_argument("--cases", type=int, default=16)
-    command.add_argument("--size", type=int, default=1024, help="side of a slide in px")
-    command.add_argument("--seed", type=int, default=0)
-    _add_work(command)
-
-
-def demo(options: argparse.Namespace) -> int:
-    """Draw paired slides, tile and register them, pack, verify and audit a tile set, and show a batch of it."""
-    from mfl_jax.demo import demo
-
-    sizes = {"cases": options.cases, "size": options.size, "seed": options.seed}
-    demo(options.out, **sizes, workers=options.workers, progress=not options.quiet)
-    return 0
 
 
 def _add_phantom(commands) -> None:
-    command = _command(commands, "phantom", phantom, "draw paired slides of known truth")
+    command = add_command(commands, "phantom", phantom, "draw paired slides of known truth")
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--cases", type=int, default=6)
     command.add_argument("--size", type=int, default=4096, help="side of a slide in px")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--partners", default="if,ihc,nuclei,counts", help="comma-separated")
     command.add_argument("--he-format", choices=("svs", "ome"), default="svs")
-    _add_work(command)
+    add_work(command)
 
 
 def phantom(options: argparse.Namespace) -> int:
@@ -123,7 +46,7 @@ def phantom(options: argparse.Namespace) -> int:
 
 
 def _add_tile(commands) -> None:
-    command = _command(commands, "tile", tile, "slides -> coordinates, quality control, registration")
+    command = add_command(commands, "tile", tile, "slides -> coordinates, quality control, registration")
     command.add_argument(
         "cohort", type=Path, help="CSV (slide_id, case_id, he, partner_<name>, ...) or a folder with he/"
     )
@@ -139,7 +62,7 @@ def _add_tile(commands) -> None:
     command.add_argument("--registration", choices=("coarse", "affine", "bspline"), default="bspline")
     command.add_argument("--case-pattern", help="for a folder: regular expression whose group is the case")
     command.add_argument("--runner", choices=("local", "beam"), default="local")
-    _add_work(command)
+    add_work(command)
 
 
 def tile(options: argparse.Namespace) -> int:
@@ -149,11 +72,11 @@ def tile(options: argparse.Namespace) -> int:
 
     names = ("size", "mpp", "step", "min_tissue", "max_pen", "max_blur", "default_mpp", "registration", "max_error_um")
     params = Params(**{name: getattr(options, name) for name in names})
-    slides = cohort.read(options.cohort, case_pattern=options.case_pattern, say=_say)
+    slides = cohort.read(options.cohort, case_pattern=options.case_pattern, say=say)
     if options.cohort.is_dir():
         cases = len({s.case_id for s in slides})
         print(f"{len(slides)} slides of {cases} cases, which are guessed from the file names: look at status.csv")
-    work = {"workers": options.workers, "runner": options.runner, "progress": not options.quiet, "say": _say}
+    work = {"workers": options.workers, "runner": options.runner, "progress": not options.quiet, "say": say}
     report = tile_cohort(slides, options.out, params, **work)
     states = [row["state"] for row in report.rows]
     tiles = sum(int(row["tiles"] or 0) for row in report.rows)
@@ -164,7 +87,7 @@ def tile(options: argparse.Namespace) -> int:
 
 
 def _add_pack(commands) -> None:
-    command = _command(commands, "pack", pack, "tiled slides -> a tile set")
+    command = add_command(commands, "pack", pack, "tiled slides -> a tile set")
     command.add_argument("tiled", type=Path, help="the folder that mfl tile wrote")
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--name", default="tiles", help="of the set (lower case letters, digits, _)")
@@ -177,7 +100,7 @@ def _add_pack(commands) -> None:
     command.add_argument("--splits", help=SPLITS_HELP)
     command.add_argument("--split-seed", type=int, default=0)
     command.add_argument("--runner", choices=("local", "beam"), default="local")
-    _add_work(command)
+    add_work(command)
 
 
 def pack(options: argparse.Namespace) -> int:
@@ -197,7 +120,7 @@ def pack(options: argparse.Namespace) -> int:
         workers=options.workers,
         runner=options.runner,
         progress=not options.quiet,
-        say=_say,
+        say=say,
     )
     print(report.ledger.table())
     for what, count in report.counts.items():
@@ -208,7 +131,7 @@ def pack(options: argparse.Namespace) -> int:
 
 
 def _add_import(commands) -> None:
-    command = _command(commands, "import", import_pairs, "image pairs and a CSV -> a tile set")
+    command = add_command(commands, "import", import_pairs, "image pairs and a CSV -> a tile set")
     command.add_argument("table", type=Path, help="CSV: slide_id, case_id, he, one column a partner, mpp, label, split")
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--name", default="folder", help="of the set (lower case letters, digits, _)")
@@ -222,7 +145,7 @@ def _add_import(commands) -> None:
     )
     command.add_argument("--splits", help="shares of the cases, or a CSV: case_id,split (default: the column split)")
     command.add_argument("--split-seed", type=int, default=0)
-    _add_work(command)
+    add_work(command)
 
 
 def import_pairs(options: argparse.Namespace) -> int:
@@ -248,7 +171,7 @@ def import_pairs(options: argparse.Namespace) -> int:
         seed=options.split_seed,
         workers=options.workers,
         progress=not options.quiet,
-        say=_say,
+        say=say,
     )
     print(f"{len(report.manifest['slides'])} fields imported; cases: {_cases(report.splits)}")
     print(f"{len(report.failed)} fields failed; next: mfl verify {options.out}")
@@ -260,7 +183,7 @@ def _cases(splits: Mapping[str, int]) -> str:
 
 
 def _add_verify(commands) -> None:
-    command = _command(commands, "verify", verify, "find every fault of a tile set")
+    command = add_command(commands, "verify", verify, "find every fault of a tile set")
     command.add_argument("tileset", type=Path)
     command.add_argument("--deep", action="store_true", help="decode every image as well")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -284,7 +207,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _add_audit(commands) -> None:
-    command = _command(commands, "audit", audit, "find what two sets, or the splits of one, share")
+    command = add_command(commands, "audit", audit, "find what two sets, or the splits of one, share")
     command.add_argument("a", type=Path)
     command.add_argument("b", type=Path, nargs="?", help="another set; without it the splits of the first are compared")
     command.add_argument("--names-only", action="store_true", help="cases, slides and files, without the tiles")
@@ -307,7 +230,7 @@ def audit(options: argparse.Namespace) -> int:
 
 
 def _add_show(commands) -> None:
-    command = _command(commands, "show", show, "a picture of a batch: H&E tiles and their partners")
+    command = add_command(commands, "show", show, "a picture of a batch: H&E tiles and their partners")
     command.add_argument("tileset", type=Path)
     command.add_argument("--out", type=Path, default=Path("batch.png"))
     command.add_argument("--rows", type=int, default=6)
@@ -329,46 +252,3 @@ def show(options: argparse.Namespace) -> int:
         save_picture(options.out, batch_picture(next(iter(stream)), tileset.spec))
     print(f"wrote {options.out}")
     return 0
-
-
-def _add_train(commands) -> None:
-    command = _command(commands, "train", train, "train an encoder, or go on with a run")
-    command.add_argument("--config", required=True, help="such as configs/mfl.py:phantom,optim.lr=1e-3")
-    command.add_argument("--workdir", type=Path, required=True)
-    command.add_argument("--override", action="store_true", help="go on although config or data changed; it is noted")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def train(options: argparse.Namespace) -> int:
-    """Train in workdir, or go on where the run in it stopped; a SIGTERM saves and exits with 0."""
-    from mfl_jax import config, train
-
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the loop has a handler of its own
-    logging.basicConfig(level=logging.WARNING)
-    try:
-        chosen = config.load(options.config)
-        state = train.train(chosen, options.workdir, progress=not options.quiet, override=options.override)
-    except (train.TrainingFailed, OSError) as error:
-        print(f"mfl train: {error}", file=sys.stderr)
-        return 1
-    print(f"step {int(state.step)}; {options.workdir / 'metrics.jsonl'}")
-    return 0
-
-
-def _add_report(commands) -> None:
-    command = _command(commands, "report", report, "one HTML file from a folder with results.json")
-    command.add_argument("folder", type=Path)
-
-
-def report(options: argparse.Namespace) -> int:
-    """Make report.html anew from results.json and the pictures beside it."""
-    from mfl_jax.report import remake
-
-    print(f"wrote {remake(options.folder)}")
-    return 0
-
-
-def _say(line: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stderr)
