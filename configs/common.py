@@ -8,10 +8,12 @@ def data(tileset: str, *, batch: int, partners: tuple[str, ...] = (), columns: t
         {
             "tileset": tileset,  # folder that `mfl pack` wrote
             "split": "train",
+            "share": 1.0,  # of its tiles; below 1 the same random part of them for every seed
             "batch": batch,  # global: over all hosts and devices
             "partners": partners,  # those that are read; the others are not even decoded
             "columns": columns,  # of the tile set, beside label, slide and case
             "near_um": 0.0,  # above 0 every tile comes with one so near
+            "far_um": 0.0,  # above 0 every tile comes with one of its slide farther away than that
             "balance": "",  # '', 'case' or 'slide'
             "on_bad": "raise",  # or 'replace'
             "stall_timeout": 300.0,
@@ -51,7 +53,8 @@ DENSE_EVAL = {
     "nuclei": "centre|onehot(8,channel=1)|boundary",
     "counts": "log1p",
 }
-SIZES = ("phantom", "tiny")
+PHANTOM_ENCODER = "compact,patch=2,widths=32-32-64"
+SIZES = ("phantom", "gpu", "tiny")
 TINY = {name: view.replace("centre", "flip") for name, view in {"he": "flip|normalise", **DENSE_EVAL}.items()}
 
 
@@ -74,15 +77,43 @@ def one_of(given: set[str], choices: tuple[str, ...], what: str) -> str:
 
 
 def sized(config: ConfigDict, given: set[str]) -> None:
-    """What the words 'phantom' and 'tiny' make smaller; what the methods' own options say is theirs to shrink."""
+    """What the words 'phantom', 'gpu' and 'tiny' change; what the methods' own options say is theirs to shrink."""
     if "tiny" in given:
         config.total, config.optim.warmup, config.optim.lr = ConfigDict({"steps": 2}), "0 steps", 1e-3
         config.data.batch, config.views.size = 8, 16
         for name in set(config.views) & set(TINY):  # views take longer to compile than all else
             config.views[name] = ("2*" if config.views[name].startswith("2*") else "") + TINY[name]
     elif "phantom" in given:
-        config.total, config.optim.lr = ConfigDict({"epochs": 10}), 1e-3
-        config.views.size = 64
+        config.total, config.optim.lr, config.optim.warmup = ConfigDict({"steps": 500}), 6e-3, "5%"
+        config.data.batch, config.views.size = 64, 48
+        _phantom_views(config.views, 0.75)
+    elif "gpu" in given:
+        _phantom_views(config.views, 0.875)
+        config.total, config.optim.lr, config.optim.warmup = ConfigDict({"steps": 3000}), 1e-3, "5%"
+        config.dtype = "bfloat16"
+
+
+def _phantom_views(views: ConfigDict, side: float) -> None:
+    """A crop of `side` of the tile, without resampling, since what tells the phantom's cells apart is 0.4 um fine, and
+    blur, as SimCLR and MoCo v2 have it. The same for every arm of the demo, so that none has an advantage of its own;
+    moco and siamese train with views of their own.
+    """
+    crop, centre = f"sides({side},{side})|flip|rot90", f"centre({side})"
+    nuclei = "onehot(8,channel=1)|boundary"
+    told = {
+        HE: f"{crop}|hed(.1)|jitter(.3,.3,.3,.05,p=.8)|blur(.1,2,p=.5)|normalise",
+        DENSE["if"]: f"{crop}|only(1)|scale(10000)|gain(.2)",
+        DENSE["ihc"]: f"{crop}|jitter(.3,.3,.3,.05,p=.8)|normalise",
+        DENSE["nuclei"]: f"{crop}|{nuclei}",
+        "centre|normalise": f"{centre}|normalise",
+        DENSE_EVAL["if"]: f"{centre}|only(1)|scale(10000)",
+        DENSE_EVAL["nuclei"]: f"{centre}|{nuclei}",
+    }
+    for name, view in views.items():
+        if isinstance(view, str):
+            copies = "2*" if view.startswith("2*") else ""
+            text = view.removeprefix("2*")
+            views[name] = copies + told.get(text, text)
 
 
 def encoder(given: set[str], kind: str = "image") -> str:
@@ -94,15 +125,19 @@ def encoder(given: set[str], kind: str = "image") -> str:
     """
     if kind == "vector":
         return "mlp,widths=8-8" if "tiny" in given else "mlp,widths=512-512"
-    return "compact,widths=8" if "tiny" in given else "compact" if "phantom" in given else "resnet50"
+    return "compact,widths=8" if "tiny" in given else PHANTOM_ENCODER if "phantom" in given else "resnet50"
 
 
 def dense_encoder(given: set[str], partner: str) -> str:
+    """What a partner shows is plain to see: on the phantom a coarser encoder does."""
+    if "phantom" in given and partner != "counts":
+        return "compact,patch=4,widths=32-64"
     return encoder(given, "vector" if partner == "counts" else "image")
 
 
 def projector(given: set[str]) -> str:
-    widths = "16-16" if "tiny" in given else "128-128" if "phantom" in given else "8192-8192-8192"
+    sizes = {"tiny": "16-16", "phantom": "128-128", "gpu": "2048-2048"}
+    widths = next((sizes[word] for word in sizes if word in given), "8192-8192-8192")
     return f"projector,widths={widths},bn"
 
 

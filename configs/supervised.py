@@ -5,7 +5,8 @@
 
 ''            the fully supervised baseline of arXiv 2303.10656: 224 px, ResNet-50, Adam 1e-4, batch 128, 100 epochs.
               One accelerator; time not yet measured.
-phantom       64 px, a compact convnet, 10 epochs: two CPU cores; time not yet measured.
+phantom       48 px, a compact convnet, 500 steps of 64: 1 to 2 minutes on two CPU cores.
+gpu           224 px, ResNet-50, bfloat16, 3,000 steps, on the slides of `mfl demo --gpu-size`; not yet run.
 tiny          two steps of almost nothing, for tests.
 Words         input: H&E (default), alone (the partner only), both; partner: if (default), ihc, nuclei, counts.
 Expect        the most that labels can give to this encoder; `both` is above all others. Not yet measured.

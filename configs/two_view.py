@@ -5,7 +5,8 @@
 
 ''            as configs/mfl.py (arXiv 2303.10656 compares in this way): 224 px, ResNet-50, projector 8192x3,
               Adam 1e-4 with per-variable clip 1, batch 128, 100 epochs. One accelerator; time not yet measured.
-phantom       64 px, a compact convnet, 10 epochs: two CPU cores; time not yet measured.
+phantom       48 px, a compact convnet, 500 steps of 64: 1 to 2 minutes on two CPU cores.
+gpu           224 px, ResNet-50, bfloat16, 3,000 steps, on the slides of `mfl demo --gpu-size`; not yet run.
 tiny          two steps of almost nothing, for tests.
 Words         loss: info_nce (SimCLR, default), vicreg, barlow, byol, simsiam; near: the second view is of a tile within
               200 um in the same slide (arXiv 2503.05170), not of the same tile.

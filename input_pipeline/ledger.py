@@ -17,6 +17,7 @@ class Ledger:
     tiles: int = 0
     slides: int = 0
     wall: float = 0.0
+    crews: dict[str, tuple[str, int]] = field(default_factory=dict)  # stage -> who works at it, and how many they are
 
     def add(self, seconds: Mapping[str, float], tiles: int) -> None:
         self.seconds.update(seconds)
@@ -31,12 +32,22 @@ class Ledger:
         for stage, spent in self.seconds.most_common():
             rate = f"{self.tiles / spent:>11,.0f}" if spent > 0 else f"{'-':>11}"
             lines.append(f"{stage:<14}{spent:>9.1f}{spent / total:>8.0%}{rate}")
-        limit, spent = self.seconds.most_common(1)[0]
+        limit, longest = self.limit()
         lines.append(
             f"{self.slides} slides, {self.tiles:,} tiles in {self.wall:.1f} s: {self.tiles / self.wall:,.0f} tiles/s, "
-            f"{60 * self.slides / self.wall:.1f} slides/min. The limit is {limit} ({spent / total:.0%} of the work)."
+            f"{60 * self.slides / self.wall:.1f} slides/min. The limit is {limit} ({longest / total:.0%} of the work)."
         )
         return "\n".join(lines)
+
+    def limit(self) -> tuple[str, float]:
+        """The stage that took longest; where crews work side by side, the longest of the crew that was busy longest."""
+        busy: defaultdict[str, float] = defaultdict(float)
+        for stage, spent in self.seconds.items():
+            crew, hands = self.crews.get(stage, ("", 1))
+            busy[crew] += spent / hands
+        slowest = max(busy, key=lambda crew: busy[crew])
+        of_crew = {s: spent for s, spent in self.seconds.items() if self.crews.get(s, ("", 1))[0] == slowest}
+        return max(of_crew.items(), key=lambda item: item[1])
 
 
 class Reader(Protocol):

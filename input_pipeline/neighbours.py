@@ -13,13 +13,13 @@ SLACK_UM = 0.01  # so that a radius equal to the step of a grid reaches the next
 
 
 class Neighbours:
-    """Tiles whose distance lies in (low, high] um; low > 0 gives far tiles, in the same way."""
+    """Tiles whose distance lies in (low, high] um; low > 0 gives far tiles, of all the slide where high is infinite."""
 
     def __init__(self, tileset: TileSet, high_um: float, low_um: float = 0.0):
-        if not (np.isfinite(high_um) and 0 <= low_um < high_um):
+        if not (0 <= low_um < high_um and (low_um or np.isfinite(high_um))):
             raise ValueError(f"a distance in um is finite and positive, from low to high; it is {low_um} to {high_um}")
         if missing := {"x", "y", "mpp"} - set(tileset.tiles):
-            raise ValueError(f"near tiles need the columns x, y and mpp; the tile set has no {sorted(missing)}")
+            raise ValueError(f"near and far tiles need the columns x, y and mpp; the tile set has no {sorted(missing)}")
         self._x, self._y, self._mpp = (tileset.tiles[k] for k in ("x", "y", "mpp"))
         self._first_row = np.asarray(tileset.first_row)
         self._low = low_um + SLACK_UM if low_um else 0.0
@@ -32,7 +32,9 @@ class Neighbours:
         start, stop = self._first_row[slide], self._first_row[slide + 1]
         x, y, mpp = (float(column[tile]) for column in (self._x, self._y, self._mpp))
         if not (np.isfinite([x, y, mpp]).all() and mpp > 0):
-            raise ValueError(f"tile {tile} has no place on its slide (x {x}, y {y}, mpp {mpp}): near_um cannot be used")
+            raise ValueError(
+                f"tile {tile} has no place on its slide (x {x}, y {y}, mpp {mpp}): near_um and far_um cannot be used"
+            )
         low, high = self._low / mpp, self._high / mpp
         if self._is_top_down(slide):
             column = self._y[start:stop]

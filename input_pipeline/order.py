@@ -4,6 +4,7 @@ A position counts examples from the start of training, over epochs, up to 10^12 
 of positions in any order, so any worker on any host can ask for any part of the order, and resuming is free.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +109,13 @@ class Selection:
     def of(ranges: np.ndarray) -> "Selection":
         """From int64 [k, 2] of [start, stop), none of them empty."""
         return Selection(ranges[:, 0], np.concatenate([[0], np.cumsum(ranges[:, 1] - ranges[:, 0])]).astype(np.int64))
+
+    def part(self, share: float) -> "Selection":
+        """The first ceil(share * n) of one fixed random order of them, so that a smaller part lies in a larger one."""
+        n = len(self)
+        kept = np.sort(index_shuffle(np.arange(math.ceil(share * n)), hash64(10), n))
+        ids = self.ids(kept)
+        return Selection.of(np.stack([ids, ids + 1], 1))
 
     def __len__(self) -> int:
         return int(self.offsets[-1])

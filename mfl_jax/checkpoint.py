@@ -89,14 +89,12 @@ class Checkpoints:
         if step is not None:
             return step, *self._read(step, like)
         broken = self.folder / "broken"
-        if found:
-            why = "; ".join(f"step {s}: {f}" for s, f in self.faults.items())
+        if found or broken.is_dir():
+            why = "".join(f"; step {s}: {f}" for s, f in self.faults.items())
             raise CheckpointError(
-                f"none of the {len(found)} checkpoints in {self.folder} can be used: {why}. They are in {broken}: put "
-                "whole ones back from a copy; or run the same command again, which starts from the beginning"
+                f"no checkpoint in {self.folder} can be used{why}. The damaged ones are in {broken}: put a whole one "
+                f"back from a copy; or, to start from the beginning, remove {broken} or use another workdir"
             )
-        if broken.is_dir():
-            log.warning("there is no usable checkpoint, only damaged ones in %s: starting from the beginning", broken)
         return None
 
     def close(self) -> None:
@@ -144,6 +142,35 @@ class Checkpoints:
         check_fits(wanted, document["leaves"], f"checkpoint of step {step}")
         restored = self._writer.restore(folder / STATE, args=ocp.args.StandardRestore(wanted))
         return from_names(like, restored), document["meta"]
+
+
+def read(folder: Path, like: Mapping[str, Any]) -> tuple[int, Any, str]:
+    """(step, tree, digest of the whole) of the newest checkpoint that verifies, without touching what lies there: it
+    may be another process's. `like` names the parts of the state that are read ({'params': shapes, ...}).
+    """
+    faults = {}
+    for step in sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True):
+        faults[step] = _verify(folder / str(step))
+        if faults[step] is None:
+            return (
+                step,
+                _read_parts(folder / str(step), like),
+                json.loads((folder / str(step) / DIGESTS).read_text())[DIGESTS],
+            )
+    why = "; ".join(f"step {s}: {f}" for s, f in faults.items())
+    raise CheckpointError(f"there is no checkpoint in {folder} that can be used" + (f": {why}" if why else ""))
+
+
+def _read_parts(folder: Path, like: Mapping[str, Any]) -> Any:
+    stored = json.loads((folder / META).read_text())["leaves"]
+    wanted = named_leaves(like)
+    check_fits(
+        wanted, {n: v for n, v in stored.items() if n.split("/")[0] in like}, f"checkpoint of step {folder.name}"
+    )
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        options = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+        return from_names(like, reader.restore(folder.absolute() / STATE, args=options))
 
 
 def _meet(where: str) -> None:

@@ -13,6 +13,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+import configs
+
+INSTALLED = Path(configs.__file__).parent
+
 
 def load(spec: str) -> ConfigDict:
     """'configs/mfl.py:tiny,optim.lr=1e-3' -> the config of get_config('tiny'), with the overrides, locked.
@@ -22,7 +26,7 @@ def load(spec: str) -> ConfigDict:
     path, _, argument = spec.partition(":")
     parts = [part.strip() for part in _split(argument)]
     words = ",".join(p for p in parts if p and "=" not in p)
-    config = _module(path).get_config(words)
+    config = module(path).get_config(words)
     config.lock()
     for part in parts:
         if "=" in part:
@@ -48,21 +52,28 @@ def _split(argument: str) -> list[str]:
     return parts
 
 
-def _module(path: str) -> ModuleType:
+def module(path: str) -> ModuleType:
+    """The program that a config is, run: it has get_config(arg), and may have sweep().
+
+    'configs/<name>.py' is found wherever one is, as a file of this folder or else as installed.
+    """
     file = Path(path)
+    if not file.is_file() and file.parent == Path("configs") and (INSTALLED / file.name).is_file():
+        file = INSTALLED / file.name
     if not file.is_file():
         known = sorted(
-            p.as_posix() for p in (file.parent if file.parent.is_dir() else Path("configs")).glob("[!_]*.py")
+            (Path("configs") / p.name if p.parent == INSTALLED else p).as_posix()
+            for p in (file.parent if file.parent.is_dir() else INSTALLED).glob("[!_]*.py")
         )
         raise ValueError(f"there is no config {path!r}{_nearest(path, known)}")
     found = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     assert found is not None
     assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    made = importlib.util.module_from_spec(found)
+    found.loader.exec_module(made)
+    if not hasattr(made, "get_config"):
         raise ValueError(f"{path} has no function get_config(arg)")
-    return module
+    return made
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:

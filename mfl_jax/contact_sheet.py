@@ -6,8 +6,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
+from mfl_jax import data
+from mfl_jax.config import Reading
+from mfl_jax.methods import towers
 from mfl_jax.views import Modality, Plan, View, plan
 from mfl_jax.views.partners import MAP
 
@@ -15,6 +19,26 @@ CELL, GAP, HEADER = 128, 6, 30
 COLOURS = np.array(  # of channels shown together; the first three are red, green and blue
     [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0.5, 0], [0.5, 0, 1]], np.float32
 )
+
+
+def of_config(config: ConfigDict, path: Path, *, rows: int = 8, seed: int = 0) -> Path:
+    """The first tiles that a training with this config and seed reads, and its views of them."""
+    if path.suffix != ".png":
+        raise ValueError(f"a contact sheet is a .png, not {str(path)!r}")
+    if rows < 1:
+        raise ValueError(f"a contact sheet has at least one row, not {rows}")
+    config = ConfigDict(config.to_dict())
+    config.data.batch = rows
+    reading = Reading(config)
+    facts = data.facts(reading.data)
+    names = [name for name in facts.modalities if name in reading.views]
+    views = towers.view_plan(reading, facts, *names)
+    stream = data.source(reading.data, seed)(0, None)
+    try:
+        batch = next(iter(data.checked(stream, facts, rows)))
+    finally:
+        getattr(stream, "close", lambda: None)()
+    return draw(views, batch, path, rows=rows, seed=seed)
 
 
 def draw(
@@ -38,6 +62,10 @@ def draw(
             shown = [picture(undo_normalise(p, view), view, view) for p in np.asarray(pixels)]
             side = f"{view.size} px" if view.size else f"length {pixels.shape[-1]}"
             columns.append((f"{name}, view {i}\n{side}", shown))
+    for name in [name for name in ("near_he", "far_he") if name in batch]:
+        pixels, there = (np.asarray(batch[entry])[:rows] for entry in (name, name.replace("_he", "_mask")))
+        drawn = [p if seen else np.full_like(p, 200) for p, seen in zip(pixels, there, strict=True)]
+        columns.append((f"{name}, stored", drawn))
     return _write(columns, Path(path))
 
 

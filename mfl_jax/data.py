@@ -1,5 +1,7 @@
 """From a tile set on disk to what methods must know of it, and to its stream of batches."""
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +28,7 @@ class Facts:
     shapes: dict[str, tuple[tuple[int, ...], str]]  # entry of the batch -> shape without the rows, dtype
     label_names: tuple[str, ...]
     examples: int
+    train_cases: tuple[str, ...] = ()  # of the split that is trained on: no figure may be of them
 
 
 def open_set(path: str) -> "TileSet":
@@ -41,6 +44,8 @@ def facts(reading: Any) -> Facts:
     known = {p.name: p for p in tileset.spec.partners}
     if missing := [name for name in wanted if name not in known]:
         raise ValueError(f"data.partners names {missing}; {reading.tileset} has {sorted(known)}")
+    if missing := [name for name in reading.columns if name not in tileset.tiles]:
+        raise ValueError(f"data.columns names {missing}; {reading.tileset} has {sorted(tileset.tiles)}")
     size = tileset.spec.size
     modalities = {"he": Modality()}
     shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": ((size, size, 3), "uint8")}
@@ -50,11 +55,43 @@ def facts(reading: Any) -> Facts:
         modalities[name] = Modality(partner.kind, channels or 0)
         shapes[name] = (tileset.spec.shape(partner), partner.dtype)
         shapes[f"{name}_mask"] = ((), "bool")
-    if reading.near_um:
-        shapes |= {"near_he": shapes["he"], "near_mask": ((), "bool")}
+    for beside in (name for name in ("near", "far") if getattr(reading, f"{name}_um")):
+        shapes |= {f"{beside}_he": shapes["he"], f"{beside}_mask": ((), "bool")}
     shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
     shapes |= {name: ((), _narrow(tileset.tiles[name].dtype)) for name in (*COLUMNS, *reading.columns)}
-    return Facts(size, tileset.spec.mpp, modalities, shapes, tileset.spec.label_names, len(tileset.ids(reading.split)))
+    examples, cases = _examples(reading, tileset), tuple(tileset.splits[reading.split])
+    return Facts(size, tileset.spec.mpp, modalities, shapes, tileset.spec.label_names, examples, cases)
+
+
+def _examples(reading: Any, tileset: "TileSet") -> int:
+    """Tiles of an epoch; ValueError where there are too few for a batch."""
+    if not 0 < reading.share <= 1:
+        raise ValueError(f"data.share is {reading.share}; it is above 0, and 1 for every tile")
+    if not (tiles := len(tileset.ids(reading.split))):
+        raise ValueError(f"split {reading.split!r} of {reading.tileset} has no tiles")
+    used = math.ceil(tiles * reading.share)
+    if reading.batch > used:
+        raise ValueError(f"data.batch is {reading.batch}, more than the {used} tiles used of split {reading.split!r}")
+    return used
+
+
+def facts_document(facts: Facts) -> dict[str, Any]:
+    """For JSON; `facts_of` gives the same facts back."""
+    return dataclasses.asdict(facts)
+
+
+def facts_of(document: Mapping[str, Any]) -> Facts:
+    """KeyError or TypeError where it is not what facts_document makes."""
+    read = dict(document)
+    read["modalities"] = {name: Modality(**_tuples(of)) for name, of in read["modalities"].items()}
+    read["shapes"] = {name: (tuple(shape), str(dtype)) for name, (shape, dtype) in read["shapes"].items()}
+    read |= {name: tuple(read[name]) for name in ("label_names", "train_cases")}
+    return Facts(**read)
+
+
+def _tuples(members: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where facts have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in members.items()}
 
 
 def _narrow(dtype: np.dtype) -> str:
@@ -75,8 +112,10 @@ def source(reading: Any, seed: int, override: bool = False) -> Source:
     """(step, saved state) -> this host's stream from that step on."""
     from input_pipeline.stream import train_stream
 
-    options: dict[str, Any] = {"batch": reading.batch, "split": reading.split, "balance": reading.balance or None}
-    options |= {"near_um": reading.near_um or None, "partners": tuple(reading.partners), "on_bad": reading.on_bad}
+    options: dict[str, Any] = {"batch": reading.batch, "split": reading.split, "share": reading.share}
+    options |= {"balance": reading.balance or None}
+    options |= {"near_um": reading.near_um or None, "far_um": reading.far_um or None}
+    options |= {"partners": tuple(reading.partners), "on_bad": reading.on_bad}
     options |= {"columns": (*COLUMNS, *reading.columns), "stall_timeout": reading.stall_timeout}
     tileset = open_set(reading.tileset)
 

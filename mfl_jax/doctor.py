@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy", "scipy", "Pillow")
-PIPELINE = ("tifffile", "imagecodecs", "scikit-image", "google-crc32c", "tensorflow-datasets")
+PIPELINE = ("tifffile", "imagecodecs", "scikit-image", "google-crc32c", "tensorflow-datasets", "h5py", "safetensors")
 OPTIONAL = {
     "openslide-python": ("MRXS and what tifffile cannot read", "pip install -e '.[openslide]'"),
     "pydicom": ("DICOM slides", "pip install -e '.[dicom]'"),

@@ -21,12 +21,13 @@ MAX_SCALE = 100.0
 
 
 def normalise(x: Array, smallest: float = 1e-12) -> Array:
-    """Rows of length 1; a row shorter than `smallest` becomes zeros, without a gradient."""
+    """Rows of length 1; a row shorter than `smallest` becomes zeros, without a gradient. A NaN stays one: were it zeros
+    too, a step on it would pass for a good one."""
     x = x.astype(jnp.float32)
     size = lax.stop_gradient(jnp.max(jnp.abs(x), -1, keepdims=True))
     x = x / jnp.where(size > smallest, size, 1.0)  # so that squares neither overflow nor vanish
     square = jnp.sum(x * x, -1, keepdims=True)
-    return jnp.where(size > smallest, x * lax.rsqrt(jnp.where(size > smallest, square, 1.0)), 0.0)
+    return jnp.where(size <= smallest, 0.0, x * lax.rsqrt(jnp.where(size > smallest, square, 1.0)))
 
 
 def present(x: Array, mask: Array | None) -> Array:
@@ -74,6 +75,31 @@ def info_nce(
         "scale": scale,
     }
     return loss, metrics
+
+
+def queue_nce(
+    query: Array,
+    key: Array,
+    queue: Array,
+    *,
+    temperature: float = 0.2,
+    group: Array | None = None,
+    queue_group: Array | None = None,
+    mask: Array | None = None,
+) -> Loss:
+    """MoCo: row i of query belongs to row i of key, and the rows of the queue [K, D], of length 1, are its negatives.
+
+    Only the query gets a gradient. group [B] and queue_group [K] int: rows of one group are no negatives.
+    """
+    query, key = normalise(present(query, mask)), lax.stop_gradient(normalise(present(key, mask)))
+    positive = jnp.sum(query * key, -1)
+    negative = jnp.matmul(query, lax.stop_gradient(queue).T, precision=EXACT)
+    if group is not None and queue_group is not None:
+        negative = jnp.where(group[:, None] == queue_group[None], -jnp.inf, negative)
+    logits = jnp.concatenate([positive[:, None], negative], 1) / temperature
+    loss = masked_mean(jax.nn.logsumexp(logits, 1) - logits[:, 0], mask)
+    right = (positive >= jnp.max(negative, 1)).astype(jnp.float32)
+    return loss, {"accuracy": masked_mean(right, mask), "positive_cosine": masked_mean(positive, mask)}
 
 
 def centred(x: Array, mask: Array | None) -> tuple[Array, Array]:
@@ -157,7 +183,8 @@ def triplet(anchor: Array, near: Array, far: Array, *, gap: float = 1.0, mask: A
 
 
 def negative_cosine(prediction: Array, target: Array, mask: Array | None = None) -> Array:
-    return -masked_mean(jnp.sum(normalise(prediction) * normalise(lax.stop_gradient(target)), -1), mask)
+    prediction, target = present(prediction, mask), lax.stop_gradient(present(target, mask))
+    return -masked_mean(jnp.sum(normalise(prediction) * normalise(target), -1), mask)
 
 
 def simsiam(prediction_a: Array, prediction_b: Array, a: Array, b: Array, *, mask: Array | None = None) -> Loss:

@@ -27,7 +27,7 @@ from mfl_jax.metrics import Metrics, check_writers
 from mfl_jax.step import State, averaged, init_state, make_step
 from mfl_jax.watch import TrainingFailed
 
-__all__ = ["Plan", "TrainingFailed", "plan", "train"]
+__all__ = ["Plan", "TrainingFailed", "check_unchanged", "plan", "train"]
 
 # Keys that change no number of a run, or are checked where they do: the hash of the tile set is kept with the stream.
 FREE = ("name", "log_every", "profile_at", "writers", "checkpoint.*", "mesh.*", "sharding", "evals", "evals.*")
@@ -133,7 +133,7 @@ def train(
         stack.enter_context(preempt.locked(workdir))
         metrics = Metrics(workdir, run.writers, config.to_dict(), jax.process_index())
         stack.enter_context(contextlib.closing(metrics))
-        changed = _changed(config, workdir, override)
+        changed = check_unchanged(config, workdir, override)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep, keep_every=run.keep_every)
         stack.enter_context(contextlib.closing(checkpoints))
 
@@ -148,8 +148,8 @@ def train(
         stack.callback(batches.close)
         _note_start(metrics, checkpoints, (*changed, *getattr(stream, "overridden", ())))
         if primary:
-            _describe(config, workdir, state, progress)
-        compiled = _compile(run, places, like, example)
+            _describe(config, run.facts, workdir, state, progress)
+        compiled: Any = _compile(run, places, like, example) if step < end else None  # a run that has ended
         profile = stack.enter_context(contextlib.closing(watch.Profile(workdir / "profile", run.profile_at)))
         options: dict[str, Any] = {"name": run.name, "start": step, "total": run.total, "batch": run.batch}
         watched = watch.Watch(metrics, every=run.log_every, progress=progress and primary, **options)
@@ -227,9 +227,13 @@ def _note_start(metrics: Metrics, checkpoints: Checkpoints, changed: tuple[str, 
         metrics.note(-1, changed=list(changed))
 
 
-def _describe(config: ConfigDict, workdir: Path, state: State, progress: bool) -> None:
-    """Leaves config.json and parameters.txt in the workdir, and prints the parameters of each part."""
-    for name, text in (("config.json", configs.to_json(config)), ("parameters.txt", trees.overview(state.params))):
+def _describe(config: ConfigDict, facts: data.Facts, workdir: Path, state: State, progress: bool) -> None:
+    """Leaves config.json, facts.json and parameters.txt in the workdir, and prints the parameters of each part."""
+    if (workdir / "facts.json").exists():  # of a run that went on with other data, what it has seen is all of them
+        seen = json.loads((workdir / "facts.json").read_text())["train_cases"]
+        facts = replace(facts, train_cases=tuple(dict.fromkeys((*seen, *facts.train_cases))))
+    texts = {"config.json": configs.to_json(config), "facts.json": json.dumps(data.facts_document(facts), indent=1)}
+    for name, text in (texts | {"parameters.txt": trees.overview(state.params)}).items():
         part = workdir / f"{name}.part"
         part.write_text(text + "\n")
         part.replace(workdir / name)
@@ -237,7 +241,7 @@ def _describe(config: ConfigDict, workdir: Path, state: State, progress: bool) -
         print(watch.summary(state.params))
 
 
-def _changed(config: ConfigDict, workdir: Path, override: bool) -> tuple[str, ...]:
+def check_unchanged(config: ConfigDict, workdir: Path, override: bool = False) -> tuple[str, ...]:
     """A run goes on with the config it was started with; a change that could alter its numbers is refused."""
     path = workdir / "config.json"
     if not path.exists():

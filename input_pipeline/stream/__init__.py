@@ -48,6 +48,8 @@ def train_stream(
     split: str | None = "train",
     host: tuple[int, int] = (0, 1),
     near_um: float | None = None,
+    far_um: float | None = None,
+    share: float = 1.0,
     balance: str | None = None,
     blocks: tuple[int, int] | None = None,
     partners: Sequence[str] | None = None,
@@ -64,6 +66,8 @@ def train_stream(
     """An endless stream of this host's slices of the global batches.
 
     near_um   adds near_he, near_id and near_mask: a tile of the same slide within that distance, or the tile itself
+    far_um    adds far_he, far_id and far_mask in the same way: a tile of the same slide beyond that distance
+    share     of the split's tiles that are used at all, the same ones whatever the seed (few labels)
     balance   'case' or 'slide': every one of them once a round (order.balanced), instead of every tile once an epoch
     blocks    (records a block, blocks a window) reads nearly in disk order (order.blockwise), for remote storage
     partners  those to decode (default all); `require` names partners without which a tile is bad
@@ -75,18 +79,27 @@ def train_stream(
     _check_int("seed", seed, 0, 2**63 - 1)
     if balance and blocks:
         raise StreamError("balance and blocks are two different orders: give one of them")
+    if not 0 < share <= 1:
+        raise StreamError(f"share is {share}; it is above 0, and 1 for every tile")
+    if share < 1 and (balance or blocks):
+        raise StreamError("a share of the tiles is drawn in uniform order alone: leave out balance and blocks")
     plan, offsets = _plan(tileset, batch, host, split, partners, require, columns, on_bad, seed, by=balance)
+    plan = replace(plan, selection=plan.selection.part(share)) if share < 1 else plan
     if batch > len(plan.selection):
-        raise StreamError(f"batch {batch} is larger than the {len(plan.selection)} tiles of split {split!r}")
+        raise StreamError(f"batch {batch} is larger than the {len(plan.selection)} tiles used of split {split!r}")
     if balance:
         index = partial(order.balanced, seed=seed, offsets=offsets)
     elif blocks:
         index = partial(order.blockwise, seed=seed, size=len(plan.selection), block=blocks[0], window=blocks[1])
     else:
         index = partial(order.uniform, seed=seed, size=len(plan.selection))
-    plan = replace(plan, index=index, near=None if near_um is None else Neighbours(tileset, near_um))
+    near = None if near_um is None else Neighbours(tileset, near_um)
+    far = None if far_um is None else Neighbours(tileset, np.inf, _checked_far(far_um))
+    plan = replace(plan, index=index, near=near, far=far)
     radius = None if near_um is None else float(near_um)
     arguments: dict[str, Any] = {"batch": int(batch), "split": split, "near_um": radius, "balance": balance}
+    arguments |= {"far_um": float(far_um)} if far_um is not None else {}  # absent from states of earlier streams
+    arguments |= {"share": float(share)} if share < 1 else {}
     arguments |= {"blocks": [int(b) for b in blocks] if blocks else None}
     arguments |= {"require": sorted(require), "order": order.VERSION}
     identity = _identity(tileset, seed, arguments)
@@ -319,6 +332,12 @@ def _identity(tileset: TileSet, seed: int, arguments: dict[str, Any]) -> dict[st
     text = json.dumps(arguments, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return {"seed": int(seed), "tileset": tileset.hash, "stream": digest, "arguments": arguments}
+
+
+def _checked_far(far_um: float) -> float:
+    if not 0 < far_um < np.inf:
+        raise StreamError(f"far_um is a distance in um, above 0 and finite, not {far_um!r}")
+    return far_um
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:

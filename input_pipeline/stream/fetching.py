@@ -16,7 +16,7 @@ from input_pipeline.tileset import TileSet, TileSetError
 from input_pipeline.tileset.spec import Spec, decode_payload
 
 ATTEMPTS = 16  # replacements tried for one bad tile
-BAD = "_bad"  # [rows, 2]: ids of the bad tile and the bad near tile of each row, -1 where all is well
+BAD = "_bad"  # [rows, 3]: ids of the bad tile, near tile and far tile of each row, -1 where all is well
 _CODES = {
     "id": np.dtype(np.int64),
     "label": np.dtype(np.int32),
@@ -40,6 +40,7 @@ class Plan:
     spec: Spec  # with the partners that are wanted
     columns: tuple[str, ...] = ()
     near: Neighbours | None = None
+    far: Neighbours | None = None
     require: tuple[str, ...] = ()
     on_bad: str = "raise"
     stop: int | None = None  # the first position that does not exist; None for an endless stream
@@ -48,6 +49,12 @@ class Plan:
     @property
     def images(self) -> tuple[str, ...]:
         return ("he", *(p.name for p in self.spec.partners if p.kind != "vector"))
+
+    @property
+    def beside(self) -> dict[str, tuple[Neighbours, int, int]]:
+        """What else of the slide stands in a row: name -> (where it is drawn from, stream of draws, column of BAD)."""
+        named = {"near": (self.near, 8, 1), "far": (self.far, 9, 2)}
+        return {name: (found, draws, column) for name, (found, draws, column) in named.items() if found is not None}
 
     @property
     def chunks(self) -> int:
@@ -60,11 +67,11 @@ def new_batch(plan: Plan) -> dict[str, np.ndarray]:
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"he": ((spec.size, spec.size, 3), np.uint8)}
     for partner in spec.partners:
         shapes |= {partner.name: (spec.shape(partner), partner.dtype), f"{partner.name}_mask": ((), np.bool_)}
-    if plan.near:
-        shapes |= {"near_he": shapes["he"], "near_id": ((), np.int64), "near_mask": ((), np.bool_)}
+    for name in plan.beside:
+        shapes |= {f"{name}_he": shapes["he"], f"{name}_id": ((), np.int64), f"{name}_mask": ((), np.bool_)}
     shapes |= {name: ((), dtype) for name, dtype in _CODES.items()}
     shapes |= {name: ((), plan.tileset.tiles[name].dtype) for name in plan.columns}
-    shapes |= {"mask": ((), np.bool_), BAD: ((2,), np.int64)}
+    shapes |= {"mask": ((), np.bool_), BAD: ((3,), np.int64)}
     return {name: np.empty((n, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
@@ -77,7 +84,7 @@ def fetch(plan: Plan, number: int, batch: dict[str, np.ndarray]) -> None:
         position = position[position < plan.stop]
     for name in out:
         if out[name].ndim == 1:
-            out[name][:] = -1 if name in (*_CODES, "near_id") else 0
+            out[name][:] = -1 if name in (*_CODES, "near_id", "far_id") else 0
     out[BAD][:] = -1
     ids = plan.selection.ids(plan.index(position))
     for row in range(plan.chunk):
@@ -90,8 +97,8 @@ def fetch(plan: Plan, number: int, batch: dict[str, np.ndarray]) -> None:
     out["id"][here] = ids[here]
     for name in ("label", "slide", "case", *plan.columns):
         out[name][here] = plan.tileset.tiles[name][ids[here]]
-    if plan.near:
-        _fill_near(plan, out, here, position[here])
+    for name in plan.beside:
+        _fill_beside(plan, name, out, here, position[here])
 
 
 def _write(plan: Plan, out: dict[str, np.ndarray], row: int, images: Mapping[str, np.ndarray | None]) -> None:
@@ -125,13 +132,13 @@ def _fill(plan: Plan, out: dict[str, np.ndarray], row: int, tile: int, position:
     raise TileSetError(f"tile {tile} and {ATTEMPTS - 1} replacements in a row are bad: {plan.reasons[wanted]}", id=tile)
 
 
-def _fill_near(plan: Plan, out: dict[str, np.ndarray], rows: np.ndarray, position: np.ndarray) -> None:
-    """Near tiles; one that is bad counts as one that is not there."""
-    assert plan.near is not None
+def _fill_beside(plan: Plan, name: str, out: dict[str, np.ndarray], rows: np.ndarray, position: np.ndarray) -> None:
+    """Near or far tiles; one that is bad counts as one that is not there."""
+    neighbours, draws, column = plan.beside[name]
     tiles = out["id"][rows]
-    near, found = plan.near.draw(tiles, order.hash64(plan.seed, 8, position))
+    others, found = neighbours.draw(tiles, order.hash64(plan.seed, draws, position))
     he_only = replace(plan.spec, partners=())
-    for row, tile, other, there in zip(rows, tiles.tolist(), near.tolist(), found, strict=True):
+    for row, tile, other, there in zip(rows, tiles.tolist(), others.tolist(), found, strict=True):
         image = out["he"][row]
         if there:
             try:
@@ -140,9 +147,9 @@ def _fill_near(plan: Plan, out: dict[str, np.ndarray], rows: np.ndarray, positio
                 if plan.on_bad == "raise":
                     raise
                 plan.reasons[other] = str(error)
-                out[BAD][row, 1] = other
+                out[BAD][row, column] = other
                 other, there = tile, False
-        out["near_he"][row], out["near_id"][row], out["near_mask"][row] = image, other, there
+        out[f"{name}_he"][row], out[f"{name}_id"][row], out[f"{name}_mask"][row] = image, other, there
 
 
 def _decode(

@@ -6,9 +6,11 @@ Figures are of held-out cases (but batch_effect, which asks for no label), with 
                    target: 'positive', threshold: 0.5, regression: False, pretrained: 'train', transductive: False,
                    resamples: 500}
 
-kind is one of KINDS; `pretrained` names the split of that tile set which the encoder is trained on ('' for none).
+kind is one of KINDS; `pretrained` names the split of that tile set which the encoder is trained on ('' for none). The
+cases that the run is trained on are known without it, and count as well.
 'decode' takes `decoded` (partners) instead of target, threshold and regression; 'batch_effect' takes none of these, nor
-pretrained and transductive. `partners` are those that `embed` itself needs: none, but for an upper bound.
+pretrained and transductive; 'distance_ratio' takes `near_um` and `far_um` in their place. `partners` are those that
+`embed` itself needs: none, but for an upper bound.
 """
 
 import difflib
@@ -20,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from mfl_jax.evaluators import batch_effect, decode, few_label, knn, paper_head, probe
+from mfl_jax.evaluators import batch_effect, clusters, decode, few_label, knn, paper_head, probe, retrieval
 from mfl_jax.evaluators.embed import Embedded, embed_pass, embed_set
-from mfl_jax.evaluators.results import Result, compare
+from mfl_jax.evaluators.results import Result, compare, floats
 from mfl_jax.evaluators.tasks import LeakError, Task, check_overlap, split_rows
 
 if TYPE_CHECKING:
@@ -64,8 +66,16 @@ class Evaluator:
 class Pass:
     """The features of one tile set, computed once a state for all evaluators that ask for them."""
 
-    def __init__(self, tileset: "TileSet", batch: int, partners: tuple[str, ...], mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        tileset: "TileSet",
+        batch: int,
+        partners: tuple[str, ...],
+        mesh: jax.sharding.Mesh,
+        trained: tuple[str, ...] = (),
+    ):
         self.tileset, self._batch, self._partners, self._mesh = tileset, batch, partners, mesh
+        self.trained = trained  # cases that the encoder is trained on, of whatever tile set
         self._of: tuple[Any, ...] = ()
         self._found: Embedded | None = None
         self._summaries: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
@@ -110,7 +120,7 @@ def make(reading: Any, facts: "Facts", mesh: jax.sharding.Mesh) -> tuple[Evaluat
         if part.batch % mesh.shape["data"]:
             raise ValueError(f"evals.{name}.batch is {part.batch}, not a multiple of {mesh.shape['data']} devices")
         key = (part.tileset, part.batch, partners)
-        passes.setdefault(key, Pass(tileset, part.batch, partners, mesh))
+        passes.setdefault(key, Pass(tileset, part.batch, partners, mesh, facts.train_cases))
         try:
             run = KINDS[kind](name, part, passes[key])
         except ValueError as error:
@@ -119,22 +129,24 @@ def make(reading: Any, facts: "Facts", mesh: jax.sharding.Mesh) -> tuple[Evaluat
     return tuple(made)
 
 
-def _asked(part: Any, tileset: "TileSet") -> tuple[Task, dict[str, Any]]:
+def _asked(part: Any, source: Pass) -> tuple[Task, dict[str, Any]]:
     """The task, and what all evaluations of one take; columns and cases are looked at without reading a tile."""
-    task = Task(part.target, part.target, part.threshold, part.regression)
-    options = _options(part, tileset)
+    task, tileset = Task(part.target, part.target, part.threshold, part.regression), source.tileset
+    options = _options(part, source)
     columns = {"case": np.array(tileset.cases)[tileset.tiles["case"]]}
     columns |= {task.target: tileset.tiles[task.target]} if task.target in tileset.tiles else {}
     split_rows(columns, tileset.splits, task.read(columns)[1])
     return task, options
 
 
-def _options(part: Any, tileset: "TileSet") -> dict[str, Any]:
+def _options(part: Any, source: Pass) -> dict[str, Any]:
+    tileset = source.tileset
     if part.pretrained and part.pretrained not in tileset.splits:
         raise ValueError(f"pretrained is {part.pretrained!r}; the tile set has the splits {sorted(tileset.splits)}")
-    pretrained = tileset.splits[part.pretrained] if part.pretrained else ()
+    named = tileset.splits[part.pretrained] if part.pretrained else ()
+    pretrained = tuple(dict.fromkeys((*named, *source.trained)))
     check_overlap(tileset.splits, pretrained, transductive=part.transductive)
-    return {"pretrained": tuple(pretrained), "transductive": part.transductive, "resamples": part.resamples}
+    return {"pretrained": pretrained, "transductive": part.transductive, "resamples": part.resamples}
 
 
 def _features(found: Embedded, feature: str) -> np.ndarray:
@@ -150,7 +162,7 @@ def _mode(name: str, mode: str) -> dict[str, float]:
 
 def _of_task(function: Callable[..., Any]) -> Callable[[str, Any, Pass], Run]:
     def build(name: str, part: Any, source: Pass) -> Run:
-        task, options = _asked(part, source.tileset)
+        task, options = _asked(part, source)
         feature, splits = part.feature, source.tileset.splits
 
         def run(method: "Method", state: "State") -> dict[str, float]:
@@ -165,11 +177,20 @@ def _of_task(function: Callable[..., Any]) -> Callable[[str, Any, Pass], Run]:
     return build
 
 
+def _of_classes(function: Callable[..., Any]) -> Callable[[str, Any, Pass], Run]:
+    def build(name: str, part: Any, source: Pass) -> Run:
+        if part.regression:
+            raise ValueError(f"{part.kind} needs classes: give a threshold in place of regression=True")
+        return _of_task(function)(name, part, source)
+
+    return build
+
+
 def _decode(name: str, part: Any, source: Pass) -> Run:
     """Keys of its own: `decoded`, the partners whose summaries are predicted; no target."""
     tileset, feature, wanted = source.tileset, part.feature, tuple(part.decoded)
     decode.check_partners(wanted, tileset)
-    options = _options(part, tileset)
+    options = _options(part, source)
 
     def run(method: "Method", state: "State") -> dict[str, float]:
         found = source(method, state)
@@ -191,6 +212,26 @@ def _batch_effect(name: str, part: Any, source: Pass) -> Run:
     return run
 
 
+def _distance_ratio(name: str, part: Any, source: Pass) -> Run:
+    """Keys of its own: near_um and far_um; no target."""
+    feature, near_um, far_um = part.feature, part.near_um, part.far_um
+    retrieval.check_limits(near_um, far_um)
+    options, test = _options(part, source), list(source.tileset.splits["test"])
+    mode = "transductive" if set(options["pretrained"]) & set(test) else "inductive"
+
+    def run(method: "Method", state: "State") -> dict[str, float]:
+        found = source(method, state)
+        rows = np.isin(found.columns["case"], test)
+        columns = {column: values[rows] for column, values in found.columns.items()}
+        limits = {"near_um": near_um, "far_um": far_um, "resamples": options["resamples"]}
+        metrics, notes = retrieval.distance_ratio(_features(found, feature)[rows], columns, **limits)
+        for note in notes:
+            log.info("%s: %s", name, note)
+        return floats(metrics, name) | _mode(name, mode)
+
+    return run
+
+
 KINDS: dict[str, Callable[[str, Any, Pass], Run]] = {
     "probe": _of_task(probe.evaluate),
     "knn": _of_task(knn.evaluate),
@@ -198,4 +239,7 @@ KINDS: dict[str, Callable[[str, Any, Pass], Run]] = {
     "paper_head": _of_task(paper_head.evaluate),
     "decode": _decode,
     "batch_effect": _batch_effect,
+    "retrieval": _of_classes(retrieval.evaluate),
+    "clusters": _of_classes(clusters.evaluate),
+    "distance_ratio": _distance_ratio,
 }

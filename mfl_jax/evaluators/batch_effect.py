@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mfl_jax.evaluators import knn, logistic
+from mfl_jax import topk
+from mfl_jax.evaluators import logistic
 from mfl_jax.evaluators.probe import check_features
 from mfl_jax.evaluators.results import floats, mean_score, value_metrics
 from mfl_jax.statistics import Interval
@@ -78,7 +79,7 @@ def measure(
 
 
 def _cosine(x: np.ndarray) -> np.ndarray:
-    unit = knn._unit(x)
+    unit = topk.unit(x)
     return unit @ unit.T
 
 

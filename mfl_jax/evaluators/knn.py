@@ -1,82 +1,16 @@
-"""Nearest neighbours by cosine: exact, in blocks on the device, and never of the same slide or case."""
+"""Classes by votes of the nearest neighbours, which are never of the same slide or case."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from mfl_jax.evaluators.probe import check_features, count_classes
 from mfl_jax.evaluators.results import Result, class_metrics
 from mfl_jax.evaluators.tasks import Task, check_overlap, split_rows
+from mfl_jax.topk import search as neighbours
 
 KS = (1, 5, 20, 100)
-BLOCK = 1024
-
-
-def neighbours(
-    queries: np.ndarray,
-    bank: np.ndarray,
-    k: int,
-    exclude: Sequence[tuple[np.ndarray, np.ndarray]] = (),
-    *,
-    block: int = BLOCK,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k most similar rows of the bank: cosine [Q, k], descending, and index [Q, k]; -inf and -1 where fewer are
-    allowed. `exclude` holds (codes of queries, codes of bank): rows with an equal code are no neighbours.
-    """
-    if not len(bank) or k < 1:
-        raise ValueError(f"k is at least 1 and the bank has rows, not k={k} and {len(bank)} rows")
-    k = min(k, len(bank))
-    codes = [np.unique(np.concatenate([q, b]), return_inverse=True)[1].astype(np.int32) for q, b in exclude]
-    of_queries = np.stack([c[: len(queries)] for c in codes], 1) if codes else np.zeros((len(queries), 0), np.int32)
-    of_bank = np.stack([c[len(queries) :] for c in codes], 1) if codes else np.zeros((len(bank), 0), np.int32)
-    size = min(block, max(len(queries), len(bank)))
-    inputs = (
-        _blocks(_unit(queries), size),
-        _blocks(of_queries, size),
-        _blocks(_unit(bank), size),
-        _blocks(of_bank, size),
-    )
-    similarity, index = jax.device_get(_search(*inputs, np.int32(len(bank)), k=k))
-    similarity, index = (x.reshape(-1, k)[: len(queries)] for x in (similarity, index))
-    return similarity, np.where(np.isneginf(similarity), -1, index)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    x = np.asarray(x, np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-def _blocks(x: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(x, ((0, -len(x) % size), (0, 0))).reshape(-1, size, x.shape[1])
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _search(queries, of_queries, bank, of_bank, rows, *, k: int):
-    """Over blocks of queries; in each over blocks of the bank, keeping the k best so far."""
-    size = bank.shape[1]
-
-    def one(query):
-        q, codes = query
-
-        def scan(best, part):
-            number, b, other = part
-            at = number * size + jnp.arange(size)
-            close = jnp.matmul(q, b.T, precision=lax.Precision.HIGHEST)
-            barred = (codes[:, None] == other[None]).any(-1) | (at >= rows)
-            close = jnp.concatenate([best[0], jnp.where(barred, -jnp.inf, close)], 1)
-            at = jnp.concatenate([best[1], jnp.broadcast_to(at, (q.shape[0], size))], 1)
-            top, where = lax.top_k(close, k)
-            return (top, jnp.take_along_axis(at, where, 1)), None
-
-        none = jnp.full((q.shape[0], k), -jnp.inf), jnp.zeros((q.shape[0], k), jnp.int32)
-        return lax.scan(scan, none, (jnp.arange(bank.shape[0], dtype=jnp.int32), bank, of_bank))[0]
-
-    return lax.map(one, (queries, of_queries))
 
 
 def vote(

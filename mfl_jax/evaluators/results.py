@@ -100,10 +100,13 @@ def class_metrics(
     names: Sequence[str] = CLASS_METRICS,
     **options: Any,
 ) -> tuple[dict[str, Interval], tuple[str, ...]]:
-    """Intervals by name, and notes: on those with a value but no interval (one case), and those without (one class)."""
+    """Intervals by name, and notes: on those with a value but no interval (one case), and those without (one class).
+
+    scores are [N] or [N, K], or of several seeds [S, N], [S, N, K]; with resamples=0 no interval is made.
+    """
     point = {name: functools.partial(statistics.measure, name, labels, scores) for name in names}
     drawn = {name: functools.partial(statistics.bootstrap, name, labels, scores, cases, **options) for name in names}
-    return _collect(point, drawn, cases)
+    return _collect(point, drawn if options.get("resamples") != 0 else {}, cases)
 
 
 def _collect(
@@ -114,7 +117,8 @@ def _collect(
     for name in point:
         try:
             found[name] = _without(point[name](), cases)
-            found[name] = drawn[name]()
+            if name in drawn:
+                found[name] = drawn[name]()
         except ValueError as error:
             faults.setdefault(f"{'no interval' if name in found else 'no value'}: {error}", []).append(name)
     return found, tuple(f"{', '.join(names)}: {fault}" for fault, names in faults.items())
@@ -135,16 +139,36 @@ def value_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """`statistics.bootstrap` for targets that are numbers: the same resamples of cases, the same intervals."""
+    """`statistics.bootstrap` for targets that are numbers: the same resamples of cases, the same intervals. scores are
+    [N], or [S, N] of several seeds, over which the metric is averaged."""
     function = VALUE_METRICS[metric] if isinstance(metric, str) else metric
-    value = _value(function, values, scores)
+    stack = np.atleast_2d(scores)
+    value = _value(function, values, stack)
     names, code = np.unique(np.asarray(cases), return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"an interval needs at least 2 cases to draw from, not {len(names)}")
     draws = statistics.draw_cases(len(names), resamples, seed)
-    drawn = statistics.resampled(function, values, scores[None], code, draws)
-    knife = statistics.resampled(function, values, scores[None], code, 1 - np.eye(len(names)))
+    drawn = statistics.resampled(function, values, stack, code, draws)
+    knife = statistics.resampled(function, values, stack, code, 1 - np.eye(len(names)))
     return statistics.interval(value, drawn, knife, level=level, method="bca", cases=len(names))
+
+
+def over_cases(
+    function: Metric, table: np.ndarray, cases: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """The interval of a metric of sums, a row of `table` each (of a slide, of a case); function(_, table, weights).
+
+    Its ends are not known where there is one case, where resamples=0, and where most resamples have no value.
+    """
+    names, code = np.unique(np.asarray(cases), return_inverse=True)
+    none, ones = np.zeros(len(table)), np.ones((1, len(table)))
+    value = float(function(none, table, ones)[0])
+    if len(names) > 1 and resamples and math.isfinite(value):
+        every = (statistics.draw_cases(len(names), resamples, seed), 1 - np.eye(len(names)))
+        drawn, knife = (statistics.resampled(function, none, table[None], code, draws) for draws in every)
+        if np.isfinite(drawn).sum() >= max(2, len(drawn) / 2):
+            return statistics.interval(value, drawn, knife, level=level, method="bca", cases=len(names))
+    return _without(value, cases)
 
 
 def value_metrics(
@@ -160,11 +184,12 @@ def value_metrics(
         name: functools.partial(value_interval, function, values, scores, cases, **options)
         for name, function in metrics.items()
     }
-    return _collect(point, drawn, cases)
+    return _collect(point, drawn if options.get("resamples") != 0 else {}, cases)
 
 
 def _value(function: Metric, values: np.ndarray, scores: np.ndarray) -> float:
-    value = float(function(values, scores, np.ones((1, len(values))))[0])
+    each = [function(values, one, np.ones((1, len(values))))[0] for one in np.atleast_2d(scores)]
+    value = float(np.mean(each))
     if math.isnan(value):
         raise ValueError(f"{getattr(function, '__name__', 'the metric')} has no value: the target is constant")
     return value
@@ -172,11 +197,12 @@ def _value(function: Metric, values: np.ndarray, scores: np.ndarray) -> float:
 
 def compare(
     arms: Mapping[str, Result | Sequence[Result]],
-    metric: str,
+    metric: str | Metric,
     pairs: Sequence[tuple[str, str]] | None = None,
     **options: Any,
 ) -> list[Difference]:
-    """Paired differences of a metric between arms, several results an arm being seeds; Holm over all pairs.
+    """Paired differences of a metric between arms, several results an arm being seeds; Holm over all pairs. A function
+    is a metric of values.
 
     ValueError where the arms were not tested on the same examples.
     """
@@ -191,13 +217,13 @@ def compare(
         stacks[name] = np.stack([r.scores for r in results])
     if first is None:
         raise ValueError("there are no arms to compare")
-    if metric not in VALUE_METRICS:
+    if isinstance(metric, str) and metric not in VALUE_METRICS:
         return statistics.compare(metric, first.labels, stacks, first.cases, pairs=pairs, **options)
     return _compare_values(metric, first, stacks, pairs, **options)
 
 
 def _compare_values(
-    metric: str,
+    metric: str | Metric,
     first: Result,
     stacks: dict[str, np.ndarray],
     pairs: Sequence[tuple[str, str]] | None,
@@ -210,7 +236,7 @@ def _compare_values(
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]] if pairs is None else list(pairs)
     known, code = np.unique(first.cases, return_inverse=True)
     every = [np.ones((1, len(known))), statistics.draw_cases(len(known), resamples, seed), 1 - np.eye(len(known))]
-    function = VALUE_METRICS[metric]
+    function = VALUE_METRICS[metric] if isinstance(metric, str) else metric
     found = {
         name: [statistics.resampled(function, first.labels, stack, code, draws) for draws in every]
         for name, stack in stacks.items()

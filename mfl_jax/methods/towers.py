@@ -75,6 +75,13 @@ def check_partners(wanted: tuple[str, ...], facts: Facts, where: str) -> tuple[s
     return wanted
 
 
+def check_second(second: str, facts: Facts, where: str) -> str:
+    """What the second view is of: 'same' is the tile itself, 'near' the near tile that stands beside it."""
+    if second not in ("same", "near") or (second == "near" and "near_he" not in facts.shapes):
+        raise ValueError(f"{where} is {second!r}; allowed: 'same', or 'near' with data.near_um above 0")
+    return second
+
+
 def pair_loss(reading: Any, mesh: jax.sharding.Mesh) -> PairLoss:
     """The objective of two projections of the same tiles: loss(a, b, mask=, slide=, log_scale=).
 

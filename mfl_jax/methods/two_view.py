@@ -24,9 +24,7 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
     count = len(dict(views.views)["he"])
     if count != 2:
         raise ValueError(f"two_view takes two views of the H&E; views.he gives {count}: begin it with '2*'")
-    second = options.second
-    if second not in ("same", "near") or (second == "near" and "near_he" not in facts.shapes):
-        raise ValueError(f"two_view.second is {second!r}; allowed: 'same', or 'near' with data.near_um above 0")
+    second = towers.check_second(options.second, facts, "two_view.second")
 
     def see(rng: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         first, other = views(rng, batch)["he"]

@@ -1,5 +1,6 @@
 """Layers with the numbers of timm and torch: normalisation, convolution, drop path, resizing of positions."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,17 +39,30 @@ class BatchNorm(nn.Module):
             raise ValueError(
                 f"a batch of {x.shape[0]} rows cannot be normalised in bn_groups={self.groups} equal groups"
             )
+        group = functools.partial(
+            _standardise, scale=scale, bias=bias, about=lax.stop_gradient(mean.value), epsilon=self.epsilon
+        )
         rows = x.astype(jnp.float32).reshape(self.groups, -1, channels)
-        count = rows.shape[1]
-        offset = lax.stop_gradient(mean.value)
-        first = jnp.mean(rows - offset, 1)
-        variance = jnp.maximum(jnp.mean(jnp.square(rows - offset), 1) - jnp.square(first), 0.0)
+        if self.groups == 1:
+            y, means, variances = group(rows[0])
+        else:
+            y, means, variances = jax.vmap(group)(rows)
+            means, variances = jnp.mean(means, 0), jnp.mean(variances, 0)
         if not self.is_initializing():
-            unbiased = jnp.mean(variance, 0) * (count / max(count - 1, 1))
-            mean.value = self.momentum * mean.value + (1 - self.momentum) * (jnp.mean(first, 0) + offset)
-            var.value = self.momentum * var.value + (1 - self.momentum) * unbiased
-        factor = (scale * lax.rsqrt(variance + self.epsilon))[:, None]
-        return ((rows - (first + offset)[:, None]) * factor + bias).reshape(x.shape).astype(self.dtype)
+            count = rows.shape[1]
+            mean.value = self.momentum * mean.value + (1 - self.momentum) * means
+            var.value = self.momentum * var.value + (1 - self.momentum) * variances * (count / max(count - 1, 1))
+        return y.reshape(x.shape).astype(self.dtype)
+
+
+def _standardise(
+    rows: jax.Array, *, scale: Any, bias: Any, about: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(normalised [N, C], mean, variance). Two axes and no more: XLA:CPU takes 60 times as long, forward and back, to
+    sum [1, N, C] over N as to sum [N, C]."""
+    first = jnp.mean(rows - about, 0)
+    variance = jnp.maximum(jnp.mean(jnp.square(rows - about), 0) - jnp.square(first), 0.0)
+    return (rows - (first + about)) * (scale * lax.rsqrt(variance + epsilon)) + bias, first + about, variance
 
 
 class Dense(nn.Module):

@@ -379,6 +379,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[_Page], Html | None]], ...] = (
     ("views", "What the network sees while it trains", _sheet("views")),
     ("curves", "Training", _curves),
     ("results", "Results on H&E alone", _results),
+    ("figures", "The predictions", _sheet("figures")),
     ("labels", "How few labels are enough", _labels),
     ("projections", "What the features separate", _projections),
     ("saliency", "Where the encoder looks", _saliency),

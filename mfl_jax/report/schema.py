@@ -19,6 +19,7 @@ SECTIONS = (
     "views",
     "curves",
     "results",
+    "figures",
     "labels",
     "projections",
     "saliency",
@@ -103,6 +104,7 @@ SCHEMA: dict[str, Any] = {
             "colours": [{"name": "text", "values": ["number"], "names?": ["text"]}],
         }
     ],
+    "figures?": {"what?": "text", "pictures": [PICTURE]},  # curves and tables of predictions
     "saliency?": {
         "what?": "text",
         "score?": "text",  # what the score is, for the axis

@@ -185,7 +185,12 @@ def percent(fraction: float) -> str:
 
 
 def metric_titles(results: Mapping[str, Any]) -> dict[str, str]:
-    return {metric["key"]: metric["title"] for task in tasks(results) for metric in task["metrics"]}
+    """Of every key; a title that several keys have is followed by that of the task."""
+    named = [(metric["key"], metric["title"], task["title"]) for task in tasks(results) for metric in task["metrics"]]
+    keys: dict[str, set[str]] = {}
+    for key, title, _ in named:
+        keys.setdefault(title, set()).add(key)
+    return {key: title if len(keys[title]) == 1 else f"{title}, {task}" for key, title, task in named}
 
 
 def readme(results: Mapping[str, Any]) -> str:

@@ -27,6 +27,15 @@ def test_a_stage_does_not_count_what_inner_stages_and_readers_took():
     assert watch.seconds["outer"] < 0.01
 
 
+def test_the_limit_is_a_stage_of_the_crew_that_was_busy_longest():
+    """Four readers share 8 s, which is 2 s of the clock; the device was busy for 3 s."""
+    ledger = Ledger(crews={"read": ("readers", 4), "decode": ("readers", 4), "compute": ("device", 1)})
+    ledger.add({"read": 3.0, "decode": 5.0, "compute": 3.0}, tiles=100)
+    assert ledger.limit() == ("compute", 3.0)
+    ledger.add({"decode": 9.0}, tiles=100)
+    assert ledger.limit() == ("decode", 14.0)
+
+
 def test_the_table_names_the_limit():
     ledger = Ledger()
     ledger.add({"read": 1.0, "decode": 3.0}, tiles=100)

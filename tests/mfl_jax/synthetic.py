@@ -30,8 +30,8 @@ def facts(data: ConfigDict, examples: int = 64) -> Facts:
     for name in data.partners:
         modalities[name], shape, dtype = PARTNERS[name]
         shapes |= {name: (shape, dtype), f"{name}_mask": ((), "bool")}
-    if data.near_um:
-        shapes |= {"near_he": shapes["he"], "near_mask": ((), "bool")}
+    for beside in (name for name in ("near", "far") if data[f"{name}_um"]):
+        shapes |= {f"{beside}_he": shapes["he"], f"{beside}_mask": ((), "bool")}
     shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
     shapes |= dict.fromkeys(("label", "slide", "case"), ((), "int32"))
     shapes |= dict.fromkeys(data.columns, ((), "float32"))

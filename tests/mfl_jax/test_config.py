@@ -12,6 +12,7 @@ from mfl_jax import config as configs
 from mfl_jax import methods, train
 from tests.mfl_jax import synthetic
 
+PAPER_EPOCHS = {"moco": 200}  # 100 for the others
 NAMES = sorted(p.stem for p in synthetic.CONFIGS.glob("[!_]*.py") if p.stem != "common")
 
 
@@ -27,11 +28,11 @@ def test_every_method_has_a_config():
 def test_a_config_says_what_it_is(name):
     text = importlib.import_module(f"configs.{name}").__doc__
     assert text is not None
-    for part in (f"mfl train --config=configs/{name}.py", "''", "phantom", "tiny", "Words", "Expect", "arXiv"):
+    for part in (f"mfl train --config=configs/{name}.py", "''", "phantom", "gpu", "tiny", "Words", "Expect", "arXiv"):
         assert part in text, part
 
 
-@pytest.mark.parametrize("size", ["", "phantom", "tiny"])
+@pytest.mark.parametrize("size", ["", "phantom", "gpu", "tiny"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_builds_in_every_size_without_compiling(name, size):
     config = load(name, size)
@@ -40,7 +41,8 @@ def test_every_config_builds_in_every_size_without_compiling(name, size):
     with synthetic.compilations() as compiled:
         run = train.plan(config, source=synthetic.Source(facts), facts=facts)
     assert not compiled
-    assert run.total == (2 if size == "tiny" else round((10 if size else 100) * 10_000 / config.data.batch))
+    paper = round(PAPER_EPOCHS.get(name, 100) * 10_000 / config.data.batch)
+    assert run.total == {"tiny": 2, "phantom": 500, "gpu": 3000}.get(size, paper)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,12 +57,13 @@ def test_every_run_of_a_sweep_builds(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_words_and_two_of_a_kind_are_refused(name):
-    with pytest.raises(ValueError, match=r"phantom, tiny.*not phanton"):
+    with pytest.raises(ValueError, match=r"phantom, gpu, tiny.*not phanton"):
         load(name, "phanton")
     with pytest.raises(ValueError, match="one of"):
         load(name, "phantom,tiny")
+    of_a_kind = {"supervised": "if,ihc,both", "siamese": "margin,triplet", "moco": "near,tiny,phantom"}
     with pytest.raises(ValueError, match="one of"):
-        load(name, "if,ihc,both" if name == "supervised" else "vicreg,info_nce")
+        load(name, of_a_kind.get(name, "vicreg,info_nce"))
 
 
 def test_overrides_keep_the_type_and_reach_any_depth():
@@ -150,3 +153,12 @@ def test_a_config_elsewhere_may_use_the_shared_parts(tmp_path):
     path = Path(tmp_path / "mine.py")
     path.write_text("from configs import mfl\ndef get_config(arg):\n    return mfl.get_config(arg)\n")
     assert configs.load(f"{path}:tiny").method == "mfl"
+
+
+def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.load("configs/mfl.py:tiny").name == "mfl"
+    (tmp_path / "configs").mkdir()
+    own = "from ml_collections import ConfigDict\ndef get_config(arg):\n    return ConfigDict({'name': 'own'})\n"
+    (tmp_path / "configs" / "mfl.py").write_text(own)
+    assert configs.load("configs/mfl.py").name == "own"

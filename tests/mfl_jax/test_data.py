@@ -73,23 +73,42 @@ def test_facts_are_those_of_the_batches_that_come(folder):
     assert {n: (a.shape, a.dtype) for n, a in placed.items()} == {n: (a.shape, a.dtype) for n, a in abstract.items()}
 
 
-def test_near_tiles_come_with_the_batch_when_asked(folder):
+def test_near_and_far_tiles_come_with_the_batch_when_asked(folder):
     near = config(folder)
-    near.data.near_um = 100.0
+    near.data.near_um = near.data.far_um = 100.0
     part = configs.Reading(near).data
     stream = data.source(part, 0)(0, None)
     try:
         batch = next(data.checked(stream, data.facts(part), 4))
     finally:
         stream.close()
-    assert batch["near_he"].shape == batch["he"].shape
-    assert batch["near_mask"].dtype == bool
+    for beside in ("near", "far"):
+        assert batch[f"{beside}_he"].shape == batch["he"].shape
+        assert batch[f"{beside}_mask"].dtype == bool
 
 
 def test_a_partner_that_the_set_does_not_have_is_named(folder):
     wrong = config(folder)
     wrong.data.partners = ("marker",)
     with pytest.raises(ValueError, match=r"\['marker'\].*markers"):
+        data.facts(configs.Reading(wrong).data)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"share": 0.0}, "data.share is 0.0; it is above 0"),
+        ({"share": 2.0}, "data.share is 2.0"),
+        ({"batch": 8}, "data.batch is 8, more than the 7 tiles used of split 'train'"),
+        ({"share": 0.5, "batch": 5}, "data.batch is 5, more than the 4 tiles used"),
+        ({"columns": ("age",)}, r"data.columns names \['age'\].*fraction"),
+        ({"split": "trian"}, "no split 'trian'"),
+    ],
+)
+def test_what_no_stream_could_give_is_refused_before_one_is_made(folder, changed, message):
+    wrong = config(folder)
+    wrong.data.update(changed)
+    with pytest.raises(ValueError, match=message):
         data.facts(configs.Reading(wrong).data)
 
 

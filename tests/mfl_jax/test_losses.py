@@ -85,12 +85,25 @@ def huber(a, b):
     return np.mean(np.where(e < 1, e**2 / 2, e - 0.5))
 
 
+QUEUE = unit(draw(7, 5, seed=9)).astype(np.float32)
+
+
+def queue_nce(a, b, group=None, queue_group=None, mask=None):
+    losses_of_rows = []
+    for i, (q, k) in enumerate(zip(unit(a), unit(b), strict=True)):
+        rows = [j for j in range(len(QUEUE)) if group is None or queue_group[j] != group[i]]
+        logits = np.array([q @ k, *(q @ QUEUE[j].astype(np.float64) for j in rows)]) / 0.2
+        losses_of_rows.append(logsumexp(logits) - logits[0])
+    return np.mean(losses_of_rows if mask is None else np.array(losses_of_rows)[mask])
+
+
 PAIRS = {  # name: (our loss of two arrays, oracle of the same)
     "info_nce": (losses.info_nce, info_nce),
     "info_nce_cold": (
         lambda a, b: losses.info_nce(a, b, temperature=0.01),
         lambda a, b: info_nce(a, b, temperature=0.01),
     ),
+    "queue_nce": (lambda a, b: losses.queue_nce(a, b, jnp.asarray(QUEUE)), queue_nce),
     "vicreg": (losses.vicreg, vicreg),
     "vicreg_released": (
         lambda a, b: losses.vicreg(a, b, released=True),
@@ -134,6 +147,26 @@ def test_info_nce_masks_rows_and_leaves_out_rows_of_one_group():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert np.all(np.isfinite(gradient))
     assert not np.any(gradient[~mask])
+
+
+def test_the_queue_leaves_out_rows_of_the_same_group_and_gets_no_gradient_nor_do_keys():
+    a, b = draw(4, 5, seed=1), draw(4, 5, seed=2)
+    group, of_queue, mask = np.array([0, 1, 7, 2]), np.array([0, 0, 1, 3, 1, 0, 1]), np.array([1, 1, 1, 0], bool)
+    expected = queue_nce(a, b, group, of_queue, mask)
+    a[3] = np.nan
+
+    def loss(a, b, queue):
+        return losses.queue_nce(a, b, queue, group=jnp.asarray(group), queue_group=jnp.asarray(of_queue), mask=mask)
+
+    (value, metrics), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(a, b, QUEUE)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    best = [max(unit(a)[i] @ QUEUE[j] for j in range(7) if of_queue[j] != group[i]) for i in range(3)]
+    right = np.sum(unit(a)[:3] * unit(b)[:3], -1) >= best
+    np.testing.assert_allclose(metrics["accuracy"], right.mean(), rtol=1e-6)
+    assert [bool(np.any(g)) for g in gradients] == [True, False, False]
+    assert not np.any(gradients[0][3])
+    everyone = losses.queue_nce(a[:3], b[:3], QUEUE, group=jnp.zeros(3), queue_group=jnp.zeros(7))
+    np.testing.assert_allclose(everyone[0], 0, atol=1e-6)  # no negative is left
 
 
 def test_a_learnt_temperature_gets_a_gradient_and_stops_at_100():
@@ -199,7 +232,8 @@ def test_blocked_info_nce_holds_no_square_of_the_batch():
     assert large < 2048 * 2048 * 4 / 4 < memory(2048, None)
 
 
-TWO = {name: ours for name, (ours, _) in PAIRS.items() if name not in ("margin", "xent")} | {
+TWO = {name: ours for name, (ours, _) in PAIRS.items() if name not in ("margin", "xent", "queue_nce")} | {
+    "queue_nce": lambda a, b: losses.queue_nce(a, b, jnp.asarray(QUEUE[:, : a.shape[1]])),
     "margin": lambda a, b: losses.margin(a, b, jnp.arange(a.shape[0]) % 2),
     "xent": lambda a, b: losses.xent(a, jnp.arange(a.shape[0]) % a.shape[1]),
     "byol": lambda a, b: losses.byol(a, b, b, a),
@@ -226,6 +260,7 @@ def test_one_row_duplicates_and_zeros_give_numbers(name):
 MASKED = {
     "info_nce": lambda a, b, m: losses.info_nce(a, b, mask=m),
     "info_nce_blocked": lambda a, b, m: losses.info_nce(a, b, mask=m, block=1),
+    "queue_nce": lambda a, b, m: losses.queue_nce(a, b, jnp.asarray(QUEUE[:, : a.shape[1]]), mask=m),
     "vicreg": lambda a, b, m: losses.vicreg(a, b, mask=m),
     "barlow": lambda a, b, m: losses.barlow(a, b, mask=m),
     "margin": lambda a, b, m: losses.margin(a, b, jnp.arange(a.shape[0]) % 2, mask=m),

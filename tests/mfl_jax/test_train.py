@@ -56,7 +56,7 @@ def test_metrics_are_written_for_every_step_that_is_due_and_for_the_last(tmp_pat
 
 def test_what_a_run_leaves_in_its_folder(whole):
     left = {path.name for path in whole[1].iterdir()}
-    assert left == {"checkpoints", "config.json", "metrics.jsonl", "parameters.txt"}
+    assert left == {"checkpoints", "config.json", "facts.json", "metrics.jsonl", "parameters.txt"}
     assert "104" in (whole[1] / "parameters.txt").read_text()  # 12 * 8 + 8
     assert {p.name for p in (whole[1] / "checkpoints").iterdir()} == {"4", "6"}
 

@@ -43,11 +43,12 @@ def assert_true(batch, truth):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_rows_hold_what_was_written(toy, executor):
-    for batch in take(toy.tileset(), 13, executor=executor, columns=("depth", "x"), near_um=12):
+    for batch in take(toy.tileset(), 13, executor=executor, columns=("depth", "x"), near_um=12, far_um=25):
         assert_true(batch, toy)
         assert batch["mask"].all()
         np.testing.assert_array_equal(batch["depth"], toy.depth[batch["id"]])
-        np.testing.assert_array_equal(batch["near_he"], toy.he[batch["near_id"]])
+        for beside in ("near", "far"):
+            np.testing.assert_array_equal(batch[f"{beside}_he"], toy.he[batch[f"{beside}_id"]])
 
 
 def test_ids_are_the_order_of_the_split(toy):
@@ -73,7 +74,7 @@ def test_each_example_exactly_once_an_epoch(toy, batch, blocks):
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_threads_prefetch_and_executor_change_nothing(toy, executor, threads, prefetch):
-    options = {"batch": 32, "near_um": 15, "columns": ("depth",)}
+    options = {"batch": 32, "near_um": 15, "far_um": 25, "columns": ("depth",)}
     plain = take(toy.tileset(), 4, threads=1, prefetch=0, **options)
     assert_same(plain, take(toy.tileset(), 4, executor=executor, threads=threads, prefetch=prefetch, **options))
 
@@ -81,14 +82,14 @@ def test_threads_prefetch_and_executor_change_nothing(toy, executor, threads, pr
 @pytest.mark.parametrize("hosts", [2, 4])
 @pytest.mark.parametrize("balance", [None, "case"])
 def test_hosts_hold_slices_of_the_same_global_batch(toy, hosts, balance):
-    options = {"batch": 40, "balance": balance, "near_um": 15}
+    options = {"batch": 40, "balance": balance, "near_um": 15, "far_um": 25}
     whole = take(toy.tileset(), 3, **options)
     parts = [take(toy.tileset(), 3, host=(h, hosts), **options) for h in range(hosts)]
     joined = [{k: np.concatenate([p[t][k] for p in parts]) for k in whole[t]} for t in range(3)]
     assert_same(whole, joined)
 
 
-@pytest.mark.parametrize("options", [{}, {"balance": "slide"}, {"blocks": (4, 4)}, {"near_um": 15}])
+@pytest.mark.parametrize("options", [{}, {"balance": "slide"}, {"blocks": (4, 4)}, {"near_um": 15, "far_um": 25}])
 def test_rebuilt_before_every_batch(toy, options):
     tileset = toy.tileset()
     whole = take(tileset, 14, **options)
@@ -106,6 +107,39 @@ def test_rebuilt_before_every_batch(toy, options):
 def test_rebuilt_once_with_tfdata(toy):
     whole = take(toy.tileset(), 6, executor="tfdata")
     assert_same(whole[4:], take(toy.tileset(), 2, executor="tfdata", start_step=4))
+
+
+def test_a_share_is_the_same_tiles_for_every_seed_and_lies_in_a_larger_one(toy):
+    seen = {}
+    for share in (0.3, 0.6):
+        for seed in (1, 2):
+            batches = take(toy.tileset(), 12, batch=9, seed=seed, share=share)
+            seen[share, seed] = {i for b in batches[: round(share * 10)] for i in b["id"].tolist()}
+        assert seen[share, 1] == seen[share, 2]
+        assert len(seen[share, 1]) == round(share * N_TRAIN)
+    assert seen[0.3, 1] < seen[0.6, 1] < set(toy.tileset().ids("train").tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"share": 0.0}, "share is 0.0; it is above 0"),
+        ({"share": 1.5}, "share is 1.5"),
+        ({"share": 0.5, "balance": "case"}, "leave out balance"),
+        ({"share": 0.05}, "batch 8 is larger than the 5 tiles used of split 'train'"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(toy, options, said):
+    with pytest.raises(StreamError, match=said):
+        take(toy.tileset(), 1, **options)
+
+
+def test_another_share_is_no_continuation(toy):
+    with train_stream(toy.tileset(), batch=8, seed=3, share=0.5) as stream:
+        next(stream)
+        state = stream.state()
+    with pytest.raises(StreamError, match=r"share: 0[.]5 -> None"):
+        take(toy.tileset(), 1, state=state)
 
 
 def test_seeds_differ(toy):
@@ -134,12 +168,13 @@ def test_balance_visits_each_group_once_a_round(toy, by):
 def test_near_tiles_are_those_within_the_radius(toy, radius):
     """Against all distances; 10 um is the step of the grid, and reaches the next tile."""
     near = Neighbours(toy.tileset(), radius)
-    far = Neighbours(toy.tileset(), 40.0, radius)
+    far, beyond = (Neighbours(toy.tileset(), reach, radius) for reach in (40.0, np.inf))
     for tile in range(len(toy.he)):
         distance = np.hypot(*(toy.xy_um - toy.xy_um[tile]).T)
         same = (toy.slide == toy.slide[tile]) & (np.arange(len(toy.he)) != tile)
         np.testing.assert_array_equal(near.of(tile), np.flatnonzero(same & (distance <= radius)))
         np.testing.assert_array_equal(far.of(tile), np.flatnonzero(same & (distance > radius) & (distance <= 40)))
+        np.testing.assert_array_equal(beyond.of(tile), np.flatnonzero(same & (distance > radius)))
 
 
 def test_near_partners_are_near_even_and_say_when_there_is_none(toy):
@@ -154,6 +189,25 @@ def test_near_partners_are_near_even_and_say_when_there_is_none(toy):
     middle = next(t for t in range(len(ids)) if (near[ids == t].size and len(set(near[ids == t].tolist())) == 4))
     counts = np.unique(near[ids == middle], return_counts=True)[1]
     assert counts.min() > counts.sum() / 4 * 0.5
+
+
+def test_far_partners_are_far_even_and_change_nothing_else(toy):
+    options = {"batch": 30, "near_um": 10, "partners": ()}
+    batches = take(toy.tileset(), 200, far_um=40, **options)
+    ids, far, mask = (np.concatenate([b[k] for b in batches]) for k in ("id", "far_id", "far_mask"))
+    apart = np.hypot(*(toy.xy_um[:, None] - toy.xy_um).T)
+    reach = np.where(toy.slide[:, None] == toy.slide, apart, 0)
+    np.testing.assert_array_equal(mask, (reach > 40).any(1)[ids])
+    assert 0 < mask.mean() < 1
+    assert (reach[ids, far][mask] > 40).all()
+    np.testing.assert_array_equal(far[~mask], ids[~mask])
+    corner = int(np.flatnonzero(toy.slide == 5)[0])  # of six rows of seven: 17 tiles or so are far
+    drawn, counts = np.unique(far[ids == corner], return_counts=True)
+    assert set(drawn) <= set(np.flatnonzero(reach[corner] > 40))
+    assert len(drawn) > 0.9 * np.sum(reach[corner] > 40)
+    assert counts.max() <= 4 * counts.sum() / len(drawn)
+    plain = take(toy.tileset(), 5, **options)
+    assert_same(plain, [{k: v for k, v in b.items() if not k.startswith("far_")} for b in batches[:5]])
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -191,6 +245,7 @@ def test_evaluation_of_a_split(toy):
         ({"split": "val"}, "split: 'train' -> 'val'"),
         ({"balance": "case"}, "balance: None -> 'case'"),
         ({"near_um": 5}, "near_um: None -> 5.0"),
+        ({"far_um": 20}, "far_um: None -> 20.0"),
         ({"blocks": (2, 2)}, r"blocks: None -> \[2, 2\]"),
         ({"require": ("if",)}, r"require: \[\] -> \['if'\]"),
     ],
@@ -248,6 +303,9 @@ def test_what_does_not_change_ids_may_change(toy):
         ({"threads": 0}, "threads is a whole number"),
         ({"split": "test"}, "test"),
         ({"near_um": -1}, "distance in um"),
+        ({"near_um": float("inf")}, "distance in um"),
+        ({"far_um": 0}, "far_um is a distance"),
+        ({"far_um": float("inf")}, "far_um is a distance"),
         ({"stall_timeout": 0}, "stall_timeout"),
     ],
 )

@@ -79,15 +79,15 @@ def test_raise_names_file_offset_id_and_slide(broken, executor, tile):
 
 def test_replace_changes_the_bad_rows_alone_and_always_alike(broken, toy, monkeypatch):
     monkeypatch.setattr(stream_module, "BAD_ALLOWED", 1000)
-    options = {"batch": 30, "near_um": 15}
+    options = {"batch": 30, "near_um": 15, "far_um": 25}
     clean = take(toy.tileset(), 6, **options)
     with train_stream(broken.tileset(), seed=3, executor="threads", threads=8, on_bad="replace", **options) as stream:
         repaired = [next(stream) for _ in range(6)]
         assert set(stream.bad) == BAD
         assert all(f"tile {tile}," in reason for tile, reason in stream.bad.items())
         bad_image = list(BAD - {NAN})
-        near_bad = sum(int(np.isin(b["near_id"][b["near_mask"]], bad_image).sum()) for b in repaired)
-        assert near_bad == 0
+        for beside in ("near", "far"):
+            assert not any(np.isin(b[f"{beside}_id"][b[f"{beside}_mask"]], bad_image).any() for b in repaired)
     again = take(broken.tileset(), 6, on_bad="replace", executor="tfdata", threads=1, prefetch=0, **options)
     assert_same(repaired, again)
     for before, after in zip(clean, repaired, strict=True):

@@ -50,6 +50,8 @@ def part(root, what: str, **changed) -> dict:
     common |= {"pretrained": "train", "transductive": False, "resamples": 50}
     if what == "decode":
         common |= {"decoded": ("if",)}
+    elif what == "distance_ratio":
+        common |= {"near_um": 11.0, "far_um": 30.0}
     elif what == "batch_effect":
         del common["pretrained"], common["transductive"]
     else:
@@ -57,9 +59,9 @@ def part(root, what: str, **changed) -> dict:
     return common | changed
 
 
-def build(parts: dict, size: int = SIZE):
+def build(parts: dict, size: int = SIZE, trained: tuple[str, ...] = ()):
     reading = configs.Reading(ConfigDict(parts))
-    facts = Facts(size, 0.5, {}, {}, SPEC.label_names, 1)
+    facts = Facts(size, 0.5, {}, {}, SPEC.label_names, 1, trained)
     made = evaluators.make(reading, facts, sharding.make_mesh())
     reading.check_all_read()
     return {e.name: e for e in made}
@@ -95,6 +97,9 @@ def test_every_kind_reports_on_one_shared_pass(root):
     assert found["dark"]["dark/r2"] > 0.95
     assert found["decode"]["decode/r2/if/MARKER/mean"] > 0.95
     assert found["batch_effect"]["batch_effect/nearest"] < 0.5
+    assert found["retrieval"]["retrieval/recall_1"] > 0.95
+    assert found["clusters"]["clusters/purity"] > 0.95
+    assert 0.5 < found["distance_ratio"]["distance_ratio/addr_global"] < 2
     assert made["probe"](of, state(20)) == made["probe"](of, state(20))
 
 
@@ -112,6 +117,15 @@ def test_a_transductive_figure_is_marked(root):
     (plain,) = build({"mine": part(root, "probe")}).values()
     assert marked(method([]), state(0))["mine/transductive"] == 1
     assert "mine/transductive" not in plain(method([]), state(0))
+
+
+@pytest.mark.parametrize("kind", ["probe", "decode"])
+def test_cases_that_the_run_is_trained_on_count_whatever_the_config_names(root, kind):
+    """The set of the evaluation may have other splits than that of the training."""
+    for named in ("", "train"):
+        with pytest.raises(evaluators.LeakError, match=r"evals.mine: cases of pre-training .*: c4, c7\."):
+            build({"mine": part(root, kind, pretrained=named)}, trained=("c0", "c4", "c7", "elsewhere"))
+    assert build({"mine": part(root, kind, pretrained="")}, trained=("c0", "elsewhere"))
 
 
 def test_due_at_its_steps_and_at_the_end(root):
@@ -139,6 +153,8 @@ def test_an_error_has_the_name_and_the_step(root):
         ("probe", {"target": "dark"}, "not whole numbers"),
         ("decode", {"decoded": ("ihc",)}, r"evals.mine: partners to decode: \['ihc'\]"),
         ("decode", {"pretrained": "test"}, "evals.mine: cases of pre-training"),
+        ("retrieval", {"target": "dark", "threshold": None, "regression": True}, "retrieval needs classes"),
+        ("distance_ratio", {"near_um": 50.0}, "evals.mine: 0 < near_um <= far_um, not near_um=50"),
         ("probe", {"colour": "red"}, "keys of the config without effect: mine.colour"),
     ],
 )

@@ -115,3 +115,23 @@ def test_arms_on_other_examples_are_refused():
     other = result(np.zeros(4), labels, cases, ids=np.array([0, 1, 2, 4]))
     with pytest.raises(ValueError, match="'b' was tested on other examples"):
         compare({"a": result(np.zeros(4), labels, cases), "b": other}, "auc")
+
+
+def test_of_several_seeds_the_metric_is_averaged_and_without_resamples_there_is_no_interval():
+    values, scores, _ = data()
+    seeds, cases = np.stack([scores, scores[::-1], values]), np.repeat(np.arange(12), 5)
+    found, notes = value_metrics(values, seeds, cases, resamples=50)
+    assert not notes
+    for name, each in {"r2": r2, "mae": mae, "spearman": spearman}.items():
+        mean = np.mean([each(values, one, np.ones((1, 60)))[0] for one in seeds])
+        assert found[name].value == pytest.approx(mean, abs=1e-12)
+        assert found[name].low < mean < found[name].high
+    alone, _ = value_metrics(values, values, cases, resamples=50)
+    assert alone["r2"].low == alone["r2"].high == 1.0
+    labels = (values > 0).astype(int)
+    for points, none in (
+        value_metrics(values, seeds, cases, resamples=0),
+        class_metrics(labels, 1 / (1 + np.exp(-seeds)), cases, resamples=0),
+    ):
+        assert not none
+        assert all(np.isfinite(i.value) and np.isnan(i.low) and np.isnan(i.high) for i in points.values())

@@ -89,6 +89,7 @@ def results(seed: int = 0, slides: int = 6, points: int = 400) -> dict:
             ],
             "pictures": [{"picture": "saliency", "caption": "The outline is the truth; arms look at what is pale."}],
         },
+        "figures": {"pictures": [{"picture": "roc", "caption": "ROC of the held-out slides."}]},
         "neighbours": {
             "pictures": [{"picture": "neighbours", "caption": "Nearest tiles of other cases, by MFL features."}]
         },
@@ -210,6 +211,7 @@ def pictures(seed: int = 0) -> dict:
         "reg0": sheets.sheet([[he[0], light[0]]]),
         "reg1": sheets.sheet([[he[1], None]]),
         "saliency": sheets.saliency_sheet(he[:4:2], {name: heat[:4:2] for name, heat in heats.items()}, where[:4:2]),
+        "roc": sheets.sheet([[he[0]]]),
         "neighbours": sheets.neighbours_sheet(
             list(he[:4]), [[he[j] for j in row] for row in near], labels[:4], [[labels[j] for j in row] for row in near]
         ),

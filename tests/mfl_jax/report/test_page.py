@@ -31,7 +31,7 @@ def sections(root) -> list[str]:
 
 def test_sections_come_in_the_order_of_a_reader(pictures):
     root = parse(report.render(synthetic.results(), pictures))
-    expected = ["pairs", "views", "curves", "results", "labels", "projections", "saliency", "neighbours"]
+    expected = ["pairs", "views", "curves", "results", "figures", "labels", "projections", "saliency", "neighbours"]
     assert sections(root) == [*expected, "ledger", "reliability", "howto", "config"]
     assert [a.get("href") for a in root.iter("a")] == [f"#{name}" for name in sections(root)]
     assert root.find("body/main/h1").text == synthetic.results()["title"]
@@ -66,7 +66,7 @@ def test_each_optional_part_can_be_absent(key, pictures):
 
 def test_a_skipped_section_says_why():
     results = synthetic.results(points=5)
-    for key in ("saliency", "pairs", "registration", "views", "neighbours"):
+    for key in ("saliency", "pairs", "registration", "views", "neighbours", "figures"):
         del results[key]
     results["skipped"] = {"saliency": "the model <has> no maps"}
     root = parse(report.render(results, {}))

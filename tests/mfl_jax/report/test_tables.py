@@ -93,3 +93,13 @@ def test_readme_has_every_task_and_the_differences():
     text = tables.readme(synthetic.results())
     assert text.count("**MFL ours**") == 2
     assert text.index("Marker-positive tiles") < text.index("Tissue type") < text.index("Paired differences")
+
+
+def test_metrics_of_one_title_are_told_apart_by_their_task():
+    results = synthetic.results()
+    assert set(tables.metric_titles(results).values()) == {"AUC", "Balanced accuracy", "Calibration error", "Kappa"}
+    results["tasks"][1]["metrics"].append({"key": "type/auc", "title": "AUC"})
+    found = tables.metric_titles(results)
+    assert found["positive/auc"] == "AUC, Marker-positive tiles"
+    assert found["type/auc"] == "AUC, Tissue type"
+    assert found["type/kappa"] == "Kappa"

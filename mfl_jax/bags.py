@@ -1,0 +1,269 @@
+"""Tile features by slide, from files of four layouts or from an embedded tile set; and tables of what slides are.
+
+A folder holds one `<slide_id>.h5` a slide: ours and TRIDENT's (`features`, `coords`, attributes), CLAM's (the same,
+without attributes) or STAMP's (`feats`, `coords` in um). Files come from outside: nothing in them is followed or
+unpickled, and one that claims more than it holds is refused.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from input_pipeline.table import read_rows
+
+if TYPE_CHECKING:
+    from mfl_jax.evaluators.embed import Embedded
+
+TRIDENT = ("patch_size", "level0_magnification", "target_magnification")
+DEFLATED = 1100  # zlib never makes data smaller than by about 1,032
+
+
+class BagError(ValueError):
+    """A file that holds no bag, or bags that do not belong together."""
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Slide s has the tiles offsets[s]:offsets[s + 1]; none and one are numbers too."""
+
+    features: np.ndarray  # float16 or float32 [T, D]
+    coords: np.ndarray  # float64 [T, 2]: corner of a tile, in level-0 px where `tile` is known
+    offsets: np.ndarray  # int64 [S + 1]
+    slides: tuple[str, ...]
+    cases: tuple[str, ...]
+    tile: np.ndarray  # float64 [S]: side of a tile in level-0 px; nan where the file does not say
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.slides)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def rows(self, slide: int) -> slice:
+        return slice(int(self.offsets[slide]), int(self.offsets[slide + 1]))
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of slides: classes, or times with events. Rows of the CSV, in its order."""
+
+    slides: tuple[str, ...]
+    cases: tuple[str, ...]
+    labels: np.ndarray  # int64 [S]; of survival the events
+    names: tuple[str, ...]  # of the classes
+    times: np.ndarray | None = None  # float64 [S], where the task is survival
+    pictures: tuple[Path | None, ...] = ()  # the slides themselves, where the table has a column `he`
+
+    @property
+    def survival(self) -> bool:
+        return self.times is not None
+
+
+def read_table(path: str | os.PathLike, target: str = "label", time: str = "", event: str = "event") -> Table:
+    """slide_id, case_id and `target`; with `time`, survival: that column and `event` (1: it happened, 0: censored).
+
+    Names of classes are sorted (as numbers, where all are); rows without a target are refused, not dropped.
+    """
+    path = Path(path)
+    wanted = [time, event] if time else [target]
+    header, rows = read_rows(path, required=("slide_id", "case_id", *wanted))
+    if not rows:
+        raise BagError(f"{path} has no rows")
+    if empty := [str(n) for n, row in rows if not all(row[c] for c in ("slide_id", "case_id", *wanted))]:
+        raise BagError(f"{path}: rows {', '.join(empty[:10])} lack one of slide_id, case_id, {', '.join(wanted)}")
+    slides = tuple(row["slide_id"] for _, row in rows)
+    if len(set(slides)) < len(slides):
+        raise BagError(f"{path}: slide_id {next(s for s in slides if slides.count(s) > 1)!r} comes more than once")
+    cases = tuple(row["case_id"] for _, row in rows)
+    pictures = tuple((path.parent / row["he"]) if row["he"] else None for _, row in rows) if "he" in header else ()
+    if time:
+        times = np.array([_number(path, n, row[time], time) for n, row in rows])
+        events = np.array([_number(path, n, row[event], event) for n, row in rows])
+        if not np.isin(events, (0, 1)).all() or not (times > 0).all():
+            raise BagError(f"{path}: {event} is 0 or 1 and {time} is above 0 in every row")
+        if events.sum() < 2:
+            raise BagError(f"{path}: {int(events.sum())} events: survival cannot be learnt from them")
+        return Table(slides, cases, events.astype(np.int64), ("censored", "event"), times, pictures)
+    found = [row[target] for _, row in rows]
+    names = _class_names(found)
+    if len(names) < 2:
+        raise BagError(f"{path}: column {target!r} has one class only, {names[0]!r}: there is nothing to tell apart")
+    return Table(slides, cases, np.array([names.index(f) for f in found]), names, None, pictures)
+
+
+def _number(path: Path, row: int, text: str, column: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise BagError(f"{path}, row {row}: {column} is {text!r}, not a number")
+    return value
+
+
+def _class_names(found: Sequence[str]) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(set(found), key=float))
+    except ValueError:
+        return tuple(sorted(set(found)))
+
+
+def from_embedded(
+    found: "Embedded", feature: str = "he", slides: Mapping[str, str] | None = None, tile: float = math.nan
+) -> Bags:
+    """The tiles of a set by slide; `slides` {slide: case} names those to keep that may have no tile at all.
+
+    Corners are those of the tile set, in level-0 px; it does not know how many of these a tile measures: say `tile`.
+    """
+    if feature not in found.features:
+        raise BagError(f"there are no features {feature!r}, only {sorted(found.features)}")
+    of_tile, cases = (np.asarray(found.columns[name]).astype(str) for name in ("slide", "case"))
+    listed = dict(zip(of_tile.tolist(), cases.tolist(), strict=True)) | dict(slides or {})
+    names = tuple(sorted(listed))
+    order = np.argsort(of_tile, kind="stable")
+    counts = np.bincount(np.searchsorted(names, of_tile), minlength=len(names))
+    xy = [np.asarray(found.columns.get(c, np.full(len(found), np.nan)), np.float64) for c in ("x", "y")]
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    coords, sides = np.stack(xy, 1)[order], np.full(len(names), tile)
+    return Bags(found.features[feature][order], coords, offsets, names, tuple(listed[n] for n in names), sides)
+
+
+def read_folder(folder: str | os.PathLike, table: Table, *, mpp: float | None = None) -> Bags:
+    """A bag for every slide of the table, in its order. `mpp` (um per level-0 px) is for STAMP files, whose coordinates
+    are um; without it, and without our attributes, theirs stay um and `tile` unknown.
+    """
+    root = find_folder(folder)
+    paths = [root / f"{slide}.h5" for slide in table.slides]
+    if unsafe := [s for s in table.slides if Path(s).name != s or s.startswith(".")]:
+        raise BagError(f"slide_id {unsafe[0]!r} is not a file's name")
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise BagError(
+            f"{root} lacks {len(missing)} of {len(paths)} slides of the table: {', '.join(missing[:5])}. "
+            "Extract them, or take them out of the table"
+        )
+    read = [read_bag(path, mpp=mpp) for path in paths]
+    dims = {f.shape[1]: path.name for (f, _, _), path in zip(read, paths, strict=True) if len(f)}
+    if len(dims) > 1:
+        raise BagError(f"{root} holds features of different encoders: {dims} (length: a file of it)")
+    if not dims:
+        raise BagError(f"no slide of the table has a tile in {root}")
+    dim = next(iter(dims))
+    dtype = np.result_type(*{f.dtype for f, _, _ in read if len(f)})
+    features = np.concatenate(
+        [f.astype(dtype).reshape(-1, dim) if len(f) else np.zeros((0, dim), dtype) for f, *_ in read]
+    )
+    coords = np.concatenate([c for _, c, _ in read])
+    offsets = np.concatenate([[0], np.cumsum([len(f) for f, *_ in read])])
+    few = int((np.diff(offsets) < 2).sum())
+    extra = len({p.stem for p in root.glob("*.h5")} - set(table.slides))
+    notes = [f"{few} slides have no tile or one; they are kept"] if few else []
+    notes += [f"{extra} files in {root.name} are of slides that the table does not list"] if extra else []
+    tile = np.array([t for *_, t in read])
+    return Bags(features, coords, offsets, table.slides, table.cases, tile, tuple(notes))
+
+
+def find_folder(folder: str | os.PathLike) -> Path:
+    """The folder itself, or the only one below it that holds .h5 files of features (CLAM's h5_files, TRIDENT's
+    features_<encoder>)."""
+    folder = Path(folder)
+    if any(folder.glob("*.h5")):
+        return folder
+    inner = sorted({p.parent for p in folder.glob("*/*.h5")} | {p.parent for p in folder.glob("*/*/*.h5")})
+    inner = [p for p in inner if p.name != "patches"]
+    if len(inner) != 1:
+        found = ", ".join(str(p.relative_to(folder)) for p in inner[:5]) or "none"
+        raise BagError(f"{folder} holds no .h5 files; folders below it that do: {found}. Name one of them")
+    return inner[0]
+
+
+def read_bag(path: str | os.PathLike, *, mpp: float | None = None) -> tuple[np.ndarray, np.ndarray, float]:
+    """-> features [N, D], corners float64 [N, 2], side of a tile in level-0 px (nan where the file does not say)."""
+    import h5py
+
+    path = Path(path)
+    try:
+        with h5py.File(path, "r") as file:
+            stamp = "feats" in file
+            features = _dataset(path, file, "feats" if stamp else "features")
+            coords = _dataset(path, file, "coords").astype(np.float64)
+            notes = dict(file.attrs) | dict(file["coords"].attrs)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise BagError(f"{path} is not readable as HDF5: {error}") from error
+    if features.ndim != 2 or coords.shape != (len(features), 2):
+        raise BagError(
+            f"{path}: features {list(features.shape)} and coords {list(coords.shape)} are not [N, D] and [N, 2]"
+        )
+    if not np.isfinite(features).all() or not np.isfinite(coords).all():
+        raise BagError(f"{path} has features or coords that are not finite")
+    features = features if features.dtype == np.float16 else features.astype(np.float32)
+    if stamp:
+        return (features, *_from_um(path, coords, notes, mpp))
+    side = _scalar(notes.get("patch_size_level0"))
+    if not side > 0:  # TRIDENT's older files, which have no patch_size_level0
+        at_target, level0, target = (_scalar(notes.get(name)) for name in TRIDENT)
+        side = at_target * level0 / target if target > 0 else math.nan
+    return features, coords, side if side > 0 else _spacing(coords)
+
+
+def _dataset(path: Path, file: Any, name: str) -> np.ndarray:
+    import h5py
+
+    if name not in file or not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise BagError(f"{path} has no dataset {name!r}; it has {sorted(map(str, file))[:10]}")
+    data = file[name]
+    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiu" or data.is_virtual or data.external:
+        raise BagError(f"{path}: {name!r} is no dataset of numbers that lies in this file")
+    if data.nbytes > data.id.get_storage_size() * DEFLATED:
+        raise BagError(f"{path}: {name!r} claims {data.nbytes:,} bytes and holds {data.id.get_storage_size():,}")
+    return data[()]
+
+
+def _from_um(path: Path, coords: np.ndarray, notes: Mapping[str, Any], mpp: float | None) -> tuple[np.ndarray, float]:
+    unit = notes.get("unit", "um")
+    unit = unit.decode() if isinstance(unit, bytes) else unit
+    if unit != "um":
+        raise BagError(f"{path}: coords are in {unit!r}; STAMP files hold um")
+    scale = _scalar(notes.get("mpp_level0")) if mpp is None else mpp
+    side = _scalar(notes.get("tile_size_um", notes.get("tile_size")))
+    if not scale > 0:
+        return coords, math.nan
+    return coords / scale, side / scale
+
+
+def _scalar(value: Any) -> float:
+    """nan for whatever is no number."""
+    try:
+        return float(np.asarray(value).reshape(()))
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _spacing(coords: np.ndarray) -> float:
+    """CLAM's files do not say how large a tile is: the commonest step along a row or column, of equals the least. Each
+    piece of tissue has a grid of its own, so that steps between any two columns say nothing."""
+    steps = []
+    for along, across in ((0, 1), (1, 0)):
+        line = coords[np.lexsort((coords[:, along], coords[:, across]))]
+        step, same = np.diff(line[:, along]), np.diff(line[:, across]) == 0
+        steps.append(step[same & (step > 0)])
+    found, count = np.unique(np.concatenate(steps), return_counts=True)
+    return float(found[count.argmax()]) if len(found) else math.nan
+
+
+def with_cases(bags: Bags, table: Table) -> Bags:
+    """The bags of the table's slides, in its order: the same task for bags that came without a table."""
+    place = {slide: i for i, slide in enumerate(bags.slides)}
+    if missing := [s for s in table.slides if s not in place]:
+        raise BagError(f"{len(missing)} slides of the table have no bag: {', '.join(missing[:5])}")
+    order = [place[s] for s in table.slides]
+    rows = np.concatenate([np.arange(bags.offsets[i], bags.offsets[i + 1]) for i in order])
+    offsets = np.concatenate([[0], np.cumsum(bags.lengths[order])])
+    kept = replace(bags, features=bags.features[rows], coords=bags.coords[rows], offsets=offsets)
+    return replace(kept, slides=table.slides, cases=table.cases, tile=bags.tile[order])

@@ -1,0 +1,111 @@
+"""What lies in the features: tiles like one tile (search), and kinds of tile (clusters)."""
+
+import argparse
+from pathlib import Path
+
+from mfl_jax.cli.parts import add_command, say
+
+
+def add(commands) -> None:
+    for add in (_add_search, _add_clusters):
+        add(commands)
+
+
+def _add_corpus(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--run", dest="workdir", type=Path, help="workdir of mfl train, with --tileset")
+    command.add_argument("--tileset", type=Path, help="its tiles are embedded")
+    command.add_argument("--split", help="tiles of this split of the tile set alone")
+    command.add_argument(
+        "--feature", default="", help="which of the run's features (default: its descriptor, where it has one, else he)"
+    )
+    command.add_argument("--features", type=Path, help="in place of both: a folder of .h5 files, as mfl extract writes")
+    command.add_argument("--slides", type=Path, help="with --features: the cohort of pictures, and of unnamed cases")
+    command.add_argument("--batch", type=int, default=256)
+
+
+def _corpus(options: argparse.Namespace):
+    from mfl_jax import corpus
+
+    if options.features:
+        if options.workdir or options.tileset or options.split or options.feature:
+            raise ValueError("--features takes the place of --run, --tileset, --split and --feature")
+        return corpus.of_folder(options.features, options.slides)
+    if not (options.workdir and options.tileset):
+        raise ValueError("give --run and --tileset, or --features")
+    say(f"embedding {options.tileset} with {options.workdir}")
+    given = {"batch": options.batch, "split": options.split, "feature": options.feature}
+    return corpus.of_tileset(options.workdir, options.tileset, **given)
+
+
+def _add_search(commands) -> None:
+    command = add_command(commands, "search", search, "tiles like this one, in other patients")
+    _add_corpus(command)
+    command.add_argument("--tile", type=int, help="the query by its number, as search prints it")
+    command.add_argument("--slide", help="or by its place: the tile of this slide at --x, --y")
+    command.add_argument("--x", type=float, help="level-0 px from the left")
+    command.add_argument("--y", type=float, help="level-0 px from the top")
+    command.add_argument("--um", action="store_true", help="x, y and radius are um")
+    command.add_argument("--radius", type=float, default=0.0, help="ask with the mean of all tiles within")
+    command.add_argument("--k", type=int, default=11, help="tiles to find (default 11)")
+    command.add_argument("--across", choices=("case", "slide", "tile"), default="case", help="what is left out")
+    command.add_argument("--label", default="", help="a column to print, and to frame the pictures by")
+    command.add_argument(
+        "--index", default="", help="an index of faiss, such as HNSW32 (default: exact, without faiss)"
+    )
+    command.add_argument("--out", type=Path, help="folder for hits.csv and neighbours.png")
+
+
+def search(options: argparse.Namespace) -> int:
+    """Find the tiles most similar (cosine) to one tile or region, by default in other cases than its own."""
+    import numpy as np
+
+    from mfl_jax import corpus, search
+
+    by_place = None not in (options.slide, options.x, options.y)
+    if by_place == (options.tile is not None):
+        raise ValueError("the query is --tile, or --slide with --x and --y")
+    tiles = _corpus(options)
+    if by_place:
+        place = (options.slide, options.x, options.y)
+        query = corpus.locate(tiles, *place, um=options.um, radius=options.radius)
+    else:
+        query = np.flatnonzero(tiles.columns["tile"] == options.tile)
+        if not len(query):
+            raise ValueError(
+                f"--tile is from 0 to {tiles.columns['tile'].max()}, of those searched in: {options.tile} is none"
+            )
+    hits = search.search(tiles, query, options.k, options.across, index=options.index)
+    print(f"query: {search.described(tiles, hits, options.label)}")
+    print(search.printed(search.lines(tiles, hits, options.label)))
+    if options.out:
+        print("wrote " + ", ".join(map(str, search.save(options.out, tiles, hits, options.label))))
+    return 0
+
+
+def _add_clusters(commands) -> None:
+    command = add_command(commands, "clusters", clusters, "kinds of tile that an encoder sees, and where they lie")
+    _add_corpus(command)
+    command.add_argument("--k", type=int, default=8, help="clusters (default 8)")
+    command.add_argument("--target", help="a column of classes to compare them with")
+    command.add_argument("--threshold", type=float, help="two classes: above it, and not")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--out", type=Path, required=True, help="folder for the table, the sheets and the maps")
+
+
+def clusters(options: argparse.Namespace) -> int:
+    """k-means of all tiles: clusters.csv, a sheet of tiles for each cluster, and a map of each slide."""
+    from mfl_jax import sort
+    from mfl_jax.evaluators import Task
+
+    task = Task(options.target, options.target, options.threshold) if options.target else None
+    tiles = _corpus(options)
+    result = sort.sort(tiles, options.k, task, seed=options.seed)
+    print("\n".join(result.names))
+    if result.agreement:
+        for name, interval in result.agreement.metrics.items():
+            chance = result.agreement.chance.get(name)
+            print(f"{name} {interval}" + (f" (chance {chance:.3f})" if chance is not None else ""))
+        print("\n".join((f"{result.unknown} tiles have no class and are left out of these", *result.agreement.notes)))
+    written = sort.save(options.out, tiles, result)
+    print(f"wrote {len(written)} files to {options.out}")
+    return 0

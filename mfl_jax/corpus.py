@@ -1,0 +1,174 @@
+"""Tiles to search in or to sort: features, places and pictures, of a tile set and a run or of a folder of features."""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAMES = ("tile", "slide", "case", "x", "y", "mpp", "side")
+Pictures = Callable[[Sequence[int]], list[np.ndarray | None]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Row i of everything is one tile, whose number for people is `tile`. x and y are its corner and `side` its side in
+    level-0 px, mpp is um per level-0 px; nan where not known.
+    """
+
+    features: np.ndarray  # float32 [N, D]
+    columns: dict[str, np.ndarray]  # NAMES, and whatever else is known of a tile
+    pictures: Pictures
+    classes: dict[str, tuple[str, ...]]  # of columns that hold classes by number
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def text(self, name: str, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """Values of a column for people."""
+        if name not in self.columns:
+            near = difflib.get_close_matches(name, self.columns, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"there is no column {name!r} but {', '.join(sorted(self.columns))}{hint}")
+        values, names = self.columns[name][np.asarray(rows, np.int64)], self.classes.get(name, ())
+        if names:
+            return [names[v] if 0 <= v < len(names) else "unknown" for v in values.tolist()]
+        return [f"{v:g}" if isinstance(v, float) else str(v) for v in values.tolist()]
+
+
+def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None = None, feature: str = "") -> Corpus:
+    """Every tile of a set, or of a split, through a run's encoder; ValueError where it was trained on other tiles.
+
+    Without a name, the feature is 'descriptor' where the method gives one (it is made to be searched by), else 'he'.
+    """
+    from input_pipeline.tileset import TileSet
+    from mfl_jax import sharding
+    from mfl_jax.arms import partners_of_embed
+    from mfl_jax.evaluators.embed import embed_set
+    from mfl_jax.trained import open_run, read_run
+
+    tiles, (_, facts) = TileSet.open(tileset), read_run(Path(run))
+    if facts.size != tiles.spec.size or not math.isclose(facts.mpp, tiles.spec.mpp, rel_tol=0.02):
+        raise ValueError(
+            f"{run} was trained on tiles of {facts.size} px at {facts.mpp:g} um/px; {tileset} has {tiles.spec.size} px "
+            f"at {tiles.spec.mpp:g} um/px"
+        )
+    mesh = sharding.make_mesh()
+    trained, across = open_run(run, mesh), mesh.shape[sharding.DATA]
+    options: dict[str, Any] = {"batch": -(-batch // across) * across, "split": split}
+    options["partners"] = partners_of_embed(trained)
+    found = embed_set(trained.method.embed, trained.params, trained.extra, tiles, mesh, **options)
+    feature = feature or ("descriptor" if "descriptor" in found.features else "he")
+    if feature not in found.features:
+        raise ValueError(f"{run} gives no features {feature!r}; it gives {', '.join(sorted(found.features))}")
+    columns = dict(found.columns)
+    columns |= {name: np.full(len(found), np.nan) for name in ("x", "y", "mpp") if name not in columns}
+    columns["tile"] = found.ids
+    columns["side"] = tiles.spec.size * tiles.spec.mpp / np.asarray(columns["mpp"], np.float64)
+
+    def pictures(rows: Sequence[int]) -> list[np.ndarray | None]:
+        return [tiles.decode(example)["he"] for example in tiles.read(found.ids[np.asarray(rows, np.int64)])]
+
+    names = {"label": tuple(tiles.spec.label_names)} if tiles.spec.label_names else {}
+    return Corpus(found.features[feature], columns, pictures, names)
+
+
+def of_folder(folder: Path, slides: Path | None = None) -> Corpus:
+    """Files of features by slide, as `mfl extract` and its peers write them; `slides` is a cohort (CSV or folder) whose
+    slides the pictures are read from. Where a file names no slide, its own name is that; where it names no case, the
+    cohort does, or else TCGA's patient, or else the slide is its own case.
+    """
+    from mfl_jax.bags import find_folder, read_bag
+    from mfl_jax.slides import case_of, read_cohort
+
+    known = {} if slides is None else {slide.slide_id: slide for slide in read_cohort(slides)}
+    paths = sorted(find_folder(folder).glob("*.h5"))
+    features, parts = [], []
+    for path in paths:
+        of_file, coords, side = read_bag(path)
+        slide, case, mpp = _said(path)
+        case = case or (known[slide].case_id if slide in known else case_of(slide))
+        size = len(of_file)
+        features.append(np.asarray(of_file, np.float32))
+        fixed = {"slide": slide, "case": case, "mpp": mpp, "side": side}
+        parts.append({"x": coords[:, 0], "y": coords[:, 1]} | {k: np.full(size, v) for k, v in fixed.items()})
+    lengths = {f.shape[1]: path.name for f, path in zip(features, paths, strict=True) if len(f)}
+    if len(lengths) != 1:
+        what = f"features of different lengths: {lengths}" if lengths else "no tile"
+        raise ValueError(f"{folder} holds {what}")
+    kept = [i for i, f in enumerate(features) if len(f)]
+    columns = {name: np.concatenate([parts[i][name] for i in kept]) for name in NAMES[1:]}
+    columns["tile"] = np.arange(len(columns["slide"]))
+    return Corpus(
+        np.concatenate([features[i] for i in kept]),
+        columns,
+        _of_slides(columns, {name: of.he for name, of in known.items()}),
+        {},
+    )
+
+
+def locate(corpus: Corpus, slide: str, x: float, y: float, *, um: bool = False, radius: float = 0.0) -> np.ndarray:
+    """Rows of the tile at a place of a slide; with a radius, of all whose centre lies within, the nearest first.
+
+    Places are level-0 px, or um. ValueError where no tile is there, with the place of the nearest.
+    """
+    of_slide = corpus.columns["slide"].astype(str)
+    rows = np.flatnonzero(of_slide == slide)
+    if not len(rows):
+        names = sorted(set(of_slide.tolist()))
+        near = difflib.get_close_matches(slide, names, n=1)
+        raise ValueError(
+            f"there is no slide {slide!r} among {len(names)}, such as {', '.join(names[:3])}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    scale = corpus.columns["mpp"][rows].astype(np.float64) if um else np.ones(len(rows))
+    if not np.isfinite(scale).all():
+        raise ValueError(f"um per px of slide {slide!r} is not known: give the place in level-0 px")
+    side = np.nan_to_num(corpus.columns["side"][rows].astype(np.float64), nan=1.0) * scale
+    corner = np.stack([corpus.columns[c][rows].astype(np.float64) * scale for c in ("x", "y")])
+    apart = corner + side / 2 - np.array([[x], [y]])
+    inside = np.hypot(*apart) <= radius if radius > 0 else (np.abs(apart) <= side / 2).all(0)
+    order = np.argsort(np.hypot(*apart), kind="stable")
+    if not inside.any():
+        unit, at = "um" if um else "px", corner[:, order[0]]
+        raise ValueError(
+            f"no tile of slide {slide!r} is at {x:g}, {y:g} {unit}; the nearest has its corner at {at[0]:g}, {at[1]:g}"
+        )
+    found = rows[order[inside[order]]]
+    return found if radius > 0 else found[:1]
+
+
+def _said(path: Path) -> tuple[str, str, float]:
+    """slide_id (else the file's name), case_id (else '') and mpp_level0 of a file."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        notes = dict(file.attrs) | (dict(file["coords"].attrs) if "coords" in file else {})
+    names = []
+    for key in ("slide_id", "case_id"):
+        value = notes.get(key, "")
+        value = value.decode() if isinstance(value, bytes) else str(value)
+        names.append(value)
+    mpp = notes.get("mpp_level0", math.nan)
+    return names[0] or path.stem, names[1], float(mpp)
+
+
+def _of_slides(columns: dict[str, np.ndarray], files: dict[str, Path]) -> Pictures:
+    def pictures(rows: Sequence[int]) -> list[np.ndarray | None]:
+        return [_cut(files, {name: columns[name][i] for name in NAMES}) for i in rows]
+
+    return pictures
+
+
+def _cut(files: dict[str, Path], tile: dict[str, Any]) -> np.ndarray | None:
+    """None where the cohort has no such slide, or the side of its tiles is not known."""
+    from input_pipeline.slides.reader import open_slide
+
+    if tile["slide"] not in files or not tile["side"] > 0:
+        return None
+    side = max(1, round(float(tile["side"])))
+    with open_slide(files[tile["slide"]]) as slide:
+        return slide.read_native(0, round(float(tile["x"])), round(float(tile["y"])), side, side)

@@ -1,0 +1,186 @@
+"""`mfl demo`: from nothing to an encoder that a denser partner has taught, and the evidence for it, told step by step.
+
+Slides that the phantom draws become a tile set; every arm is trained on it with the same budget; all are evaluated on
+cases that none has seen; report.html shows it. Run again, it goes on where it stopped.
+"""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+
+import mfl_jax
+from input_pipeline.files import save_picture
+from input_pipeline.pool import available_cores
+from input_pipeline.show import batch_picture
+from input_pipeline.stream import train_stream
+from input_pipeline.tileset import TileSet
+from mfl_jax import arms as runs_on_disk
+from mfl_jax import compare, evaluation, report, sharding, trained
+from mfl_jax import config as configs
+from mfl_jax.demo import pictures
+from mfl_jax.demo.arms import ARMS, FEW, GPU, SMALL, TARGET, THRESHOLD, Size, spec, train_all
+from mfl_jax.demo.cohort import Cohort, build
+from mfl_jax.demo.story import HOWTO, QUESTION, TASK_WORDS, answer
+from mfl_jax.evaluators import Task
+
+__all__ = ["GPU", "SMALL", "demo"]
+
+TASK = Task("marker", TARGET, THRESHOLD)
+PAIRS = (
+    ("mfl", "unpaired"),
+    ("mfl", "supervised"),
+    ("mfl", "random"),
+    ("mfl", "colour"),
+    ("trident", "unpaired"),
+    ("trident", "mfl"),
+)
+LOOKED_AT = ("unpaired", "mfl", "supervised")
+
+
+def demo(
+    out: Path,
+    size: Size = SMALL,
+    *,
+    seed: int = 0,
+    seeds: int = 1,
+    more: str = "",
+    workers: int | None = None,
+    progress: bool = True,
+    data_only: bool = False,
+) -> Path:
+    """Returns the path of the report, or with `data_only` that of a picture of a batch. `more` overrides keys of every
+    config. ValueError where anything is not as it should be; TrainingFailed where a run failed.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; at least one is trained")
+    start = perf_counter()
+    workers = available_cores() if workers is None else workers
+
+    def tell(text: str) -> None:
+        print(f"[{perf_counter() - start:6.1f} s] {text}", flush=True)
+
+    drawn = {"cases": size.cases, "size": size.slide, "tile": size.tile, "seed": seed}
+    cohort = build(out, **drawn, workers=workers, progress=progress, tell=tell)
+    tileset = cohort.tileset
+    with train_stream(tileset, batch=6, seed=seed) as stream:
+        save_picture(out / "batch.png", batch_picture(next(stream), tileset.spec, side=160))
+    counts = f"{len(tileset):,} tiles of {len(tileset.slides)} slides of {len(tileset.cases)} cases"
+    tell(f"A tile set stands: {counts}. A batch as training will see it: {out / 'batch.png'}")
+    if data_only:
+        return out / "batch.png"
+
+    side_by_side = max(workers, 1) if jax.default_backend() == "cpu" else 1
+    tell(f"Training, {side_by_side} at a time and every arm for as many steps on as many tiles:")
+    for arm in ARMS:
+        tell(f"  {arm.title} learns from {arm.what}.")
+    options: dict[str, Any] = {"seeds": seeds, "more": more, "side_by_side": side_by_side}
+    runs = train_all(out, size, out / "set", **options, tell=tell)
+    tell("Evaluating on unseen cases. Until now only the supervised arms have used a label.")
+    path = _evaluate(out, size, cohort, runs, seed, more, tell)
+    tell(f"Done. Open {path}; all of its figures are in {out / 'results.json'}.")
+    return path
+
+
+def _evaluate(
+    out: Path, size: Size, cohort: Cohort, runs: Mapping[str, Sequence[Path]], seed: int, more: str, tell: Callable
+) -> Path:
+    tileset, mesh = cohort.tileset, sharding.make_mesh()
+    found = runs_on_disk.look([path for paths in runs.values() for path in paths], tileset)
+    options: dict[str, Any] = {"baselines": ("random", "colour"), "tasks": [TASK], "say": lambda line: None}
+    collected = runs_on_disk.collect(found, tileset, mesh, **options)
+    arms = _named(collected.arms)
+    evaluation.check(("probe", "few_label"), [TASK], tileset)
+    options = {"kinds": ("probe", "few_label"), "pairs": PAIRS, "say": tell}
+    results = evaluation.assemble(arms, collected.columns, tileset.splits, [TASK], **options)
+    results["labels"].append(_few_labels(results))
+    results["tasks"][0] |= TASK_WORDS
+
+    tell("Drawing what the encoders look at, and what they find alike.")
+    sections, shown = _pictures(out, size, cohort, runs, arms, collected.columns, seed, more)
+    described = {
+        "title": "More from less, on the phantom",
+        "question": QUESTION,
+        "answer": answer(results, len(tileset.splits["test"])),
+        "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": mfl_jax.__version__,
+        "cohort": compare.cohort(tileset),
+        "projections": compare.projections(arms, collected.columns, (TARGET, "slide", "region")),
+        "ledger": [_ledger(title, ledger) for title, ledger in cohort.ledgers.items() if ledger.tiles],
+        "howto": HOWTO,
+        "config": {arm.name: json.loads(configs.to_json(configs.load(_spec(arm, size, out, more)))) for arm in ARMS},
+        "hashes": {"tile set": tileset.hash} | {f"checkpoint of {p}": d for p, d in collected.digests.items()},
+    }
+    results["reliability"] = [*collected.notes, *results["reliability"]]
+    return report.save(out, described | results | sections, shown)
+
+
+def _named(arms: Sequence[evaluation.ArmRuns]) -> list[evaluation.ArmRuns]:
+    """In the demo's order and words. Labels of a supervised arm were used in training: it has no few-label probe."""
+    known = {arm.name: arm for arm in arms}
+    told = []
+    for arm in ARMS:
+        skip = ("few_label",) if arm.name.startswith("supervised") else ()
+        words: dict[str, Any] = {"title": arm.title, "kind": arm.kind, "what": arm.what, "skip": skip}
+        told.append(dataclasses.replace(known[arm.name], **words))
+    random = dataclasses.replace(known["random"], what="nothing: its weights are as they were drawn")
+    colour = dataclasses.replace(known["colour"], what="mean, spread and percentiles of the colours of a tile")
+    return [random, colour, *told]
+
+
+def _few_labels(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The two supervised arms as one curve: each point was trained from the start on its share of the labels."""
+    key = f"{TASK.name}/auc"
+    of = {arm["name"]: arm["metrics"][key] for arm in results["arms"]}
+    points = [of["supervised_few"], of["supervised"]]
+    ends = {end: [point[name] for point in points] for end, name in (("y", "mean"), ("low", "low"), ("high", "high"))}
+    return {"arm": "supervised", "by": "tiles", "metric": key, "x": [FEW, 1.0], **ends}
+
+
+def _pictures(
+    out: Path,
+    size: Size,
+    cohort: Cohort,
+    runs: Mapping[str, Sequence[Path]],
+    arms: Sequence[evaluation.ArmRuns],
+    columns: Mapping[str, np.ndarray],
+    seed: int,
+    more: str,
+) -> tuple[dict[str, Any], pictures.Pictures]:
+    tileset: TileSet = cohort.tileset
+    features = {arm.name: arm.seeds[0].features for arm in arms}
+    encoders = {
+        arm.name: pictures.Encoder(arm.title, trained.open_run(runs[arm.name][0]), features[arm.name])
+        for arm in ARMS
+        if arm.name in LOOKED_AT
+    }
+    specs = {arm.title: _spec(arm, size, out, more) for arm in ARMS if arm.name in ("unpaired", "mfl")}
+    made = {
+        "pairs": pictures.pairs(tileset, seed),
+        "registration": pictures.registration(out / "slides", out / "tiled"),
+        "views": pictures.views(specs, out),
+    }
+    skipped = {}
+    for name, draw in {"saliency": pictures.looked_at, "neighbours": pictures.neighbours}.items():
+        try:
+            made[name] = draw(encoders, columns, tileset, TASK)
+        except pictures.NothingToShow as error:
+            skipped[name] = str(error)
+    return {"skipped": skipped} | {name: section for name, (section, _) in made.items()}, {
+        name: picture for _, shown in made.values() for name, picture in shown.items()
+    }
+
+
+def _spec(arm, size: Size, out: Path, more: str) -> str:
+    return spec(arm, size, out / "set", 0, more)
+
+
+def _ledger(title: str, ledger) -> dict[str, Any]:
+    seconds = {stage: float(spent) for stage, spent in ledger.seconds.items()}
+    return {"title": title, "text": ledger.table(), "seconds": seconds, "tiles": ledger.tiles}

@@ -1,0 +1,87 @@
+"""What the demo compares: one config an arm, the same encoder, views of the H&E, batch and number of steps for all."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import configs
+from mfl_jax import config as loader
+from mfl_jax import data, sweep
+from mfl_jax.watch import TrainingFailed
+
+FEW = 0.05
+TARGET, THRESHOLD = "positive", 0.5
+LABELLED = f'supervised.target={TARGET},supervised.threshold={THRESHOLD},data.columns=("{TARGET}",)'
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    title: str
+    kind: str  # of report/schema.py
+    what: str
+    config: str  # file of configs/, and its words and overrides
+
+
+ARMS = (
+    Arm("unpaired", "Unpaired SSL", "baseline", "two views of every H&E tile (SimCLR)", "two_view:info_nce"),
+    Arm(
+        "mfl",
+        "MFL",
+        "ours",
+        "H&E, and the marker's channel of immunofluorescence of the same tissue",
+        "mfl:if,info_nce",
+    ),
+    Arm("trident", "TriDeNT", "ours", "two views of the H&E, and the marker's channel", "trident:if,info_nce"),
+    Arm("supervised", "Supervised", "ceiling", "every label of the training cases", f"supervised:{LABELLED}"),
+    Arm(
+        "supervised_few",
+        f"Supervised, {FEW:.0%} of labels",
+        "baseline",
+        f"labels of {FEW:.0%} of the training tiles, for as many steps",
+        f"supervised:{LABELLED},data.share={FEW}",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large all of it is: `word` is that of the configs."""
+
+    word: str
+    tile: int  # px
+    slide: int  # px
+    cases: int
+    more: str = ""  # overrides for every arm
+
+
+SMALL = Size("phantom", tile=64, slide=1024, cases=20)
+GPU = Size("gpu", tile=256, slide=8192, cases=24)
+
+
+def spec(arm: Arm, size: Size, tileset: Path, seed: int, more: str = "") -> str:
+    """What `mfl train --config` takes for this arm."""
+    file, _, words = arm.config.partition(":")
+    path = Path(configs.__file__).parent / f"{file}.py"
+    parts = (size.word, words, f"name={arm.name}", f'data.tileset="{tileset}"', f"seed={seed}", size.more, more)
+    return f"{path}:{','.join(part for part in parts if part)}"
+
+
+def train_all(
+    out: Path, size: Size, tileset: Path, *, seeds: int, more: str, side_by_side: int, tell: Callable[[str], None]
+) -> dict[str, list[Path]]:
+    """Name of the arm -> the folders of its runs. A run that has ended is kept. TrainingFailed where one fails."""
+    for arm in ARMS:  # what cannot be is said before the first is trained
+        data.facts(loader.Reading(loader.load(spec(arm, size, tileset, 0, more))).data)
+    runs: dict[str, list[Path]] = {arm.name: [] for arm in ARMS}
+    jobs = []
+    for seed in range(seeds):
+        for arm in ARMS:
+            name = f"{arm.name}-{seed}"
+            jobs.append(sweep.Job(name, spec(arm, size, tileset, seed, more), out / "runs" / name))
+            runs[arm.name].append(jobs[-1].workdir)
+    submit = functools.partial(sweep.local, side_by_side=side_by_side)
+    if failed := sweep.run(jobs, out / "runs", submit, say=tell):
+        raise TrainingFailed("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
+    return runs

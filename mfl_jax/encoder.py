@@ -1,0 +1,174 @@
+"""An encoder ready to use, from a run or from a folder of weights: tiles of H&E in, features out; and `mfl export`."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from input_pipeline.files import only_one
+from mfl_jax import models, sharding, views
+from mfl_jax.config import to_json
+from mfl_jax.interop import weights
+from mfl_jax.methods.towers import compute_dtype
+from mfl_jax.trained import Trained, open_run
+from mfl_jax.views.colour import IMAGENET_MEAN, IMAGENET_STD
+
+RESIZING = {"bicubic": "cubic", "bilinear": "linear"}
+TOLERANCE = 1e-3  # of exported features, against those of the run
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """apply(params, uint8 [B, H, W, 3], mask [B]) -> float32 [B, dim]; pure. `params` lie whole on every device."""
+
+    name: str
+    apply: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    params: Any
+    dim: int
+    size: int  # px of a tile
+    exact: bool  # False: tiles of another size are resized to what the network takes
+    mpp: float | None  # um per px of a tile; None where the weights do not say
+    digest: str  # SHA-256: another one gives other features
+
+    def check_tiles(self, size: int, mpp: float, *, asked: float | None = None) -> None:
+        """Tiles of another size or scale than the encoder was trained on are refused, unless `asked` is that scale."""
+        if self.exact and size != self.size:
+            raise ValueError(f"the tiles are of {size} px; {self.name} takes {self.size} px: tile again with that size")
+        if asked is not None and abs(asked / mpp - 1) > 0.01:
+            raise ValueError(f"--mpp is {asked:g}, and the tiles are of {mpp:g} um per px: tile again, or leave it out")
+        if asked is None and self.mpp is not None and abs(mpp / self.mpp - 1) > 0.01:
+            raise ValueError(
+                f"the tiles are of {mpp:g} um per px; {self.name} was trained on {self.mpp:g}: tile again with that, "
+                f"or say --mpp {mpp:g} if it is meant so"
+            )
+
+
+def of_run(workdir: str | Path, mesh: Mesh | None = None) -> Encoder:
+    """What `Method.embed` calls 'he', of the newest checkpoint that verifies."""
+    return of_trained(open_run(workdir, mesh))
+
+
+def of_trained(run: Trained) -> Encoder:
+
+    def apply(params: Any, images: jax.Array, mask: jax.Array) -> jax.Array:
+        return run.method.embed(params[0], params[1], {"he": images, "mask": mask})["he"]
+
+    params, size = (run.params, run.extra), run.facts.size
+    try:
+        dim = _width(apply, params, size)
+    except KeyError as error:
+        raise ValueError(f"{run.path}: its features are not of H&E alone: without {error} there are none") from error
+    deciding = ("method", run.config.method, "encoder", "views", "dtype")
+    said = ConfigDict({name: run.config[name] for name in deciding if name in run.config} | {"digest": run.digest})
+    digest = hashlib.sha256(to_json(said).encode()).hexdigest()
+    return Encoder(run.name, apply, params, dim, size, True, run.facts.mpp, digest)
+
+
+def of_weights(folder: str | Path, mesh: Mesh | None = None) -> Encoder:
+    """Weights that `mfl export` or timm wrote. Ours say which view they take; for those of timm, tiles are resized
+    (bicubic with antialiasing, as Pillow does) and normalised as the config says."""
+    found, folder = weights.load(folder), Path(folder)
+    model = models.make(found.spec)
+    try:
+        look, size, exact, mpp, dtype = _input(found.config)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise weights.WeightsError(f"{folder / weights.CONFIG} does not say what the network takes: {error}") from error
+
+    def apply(params: Any, images: jax.Array, mask: jax.Array) -> jax.Array:
+        return model.apply(*params, look(images), train=False, dtype=dtype)[0]
+
+    whole = NamedSharding(sharding.make_mesh() if mesh is None else mesh, PartitionSpec())
+    params = jax.device_put((found.params, found.stats), whole)
+    name = (found.config.get("mfl") or {}).get("run") or found.config["architecture"]
+    return Encoder(str(name), apply, params, _width(apply, params, size), size, exact, mpp, found.digest)
+
+
+def _input(config: dict[str, Any]) -> tuple[Callable[[jax.Array], jax.Array], int, bool, float | None, Any]:
+    """(images -> what the network sees, px of a tile, must tiles be of that size, um per px, dtype)."""
+    if ours := config.get("mfl"):
+        size, mpp = int(ours["size"]), float(ours["mpp"])
+        view = views.parse(ours["view"])
+        return lambda images: view(jax.random.key(0), images), size, True, mpp, compute_dtype(ours["dtype"])
+    seen = config.get("pretrained_cfg") or config
+    side = int(seen.get("input_size", (3, 224, 224))[-1])
+    kernel = seen.get("interpolation", "bicubic")
+    if kernel not in RESIZING or not 8 <= side <= 4096:
+        raise ValueError(f"interpolation {kernel!r} ({' or '.join(RESIZING)}), input_size {side} (8 to 4096)")
+    mean, std = (np.asarray(seen.get(k, d), np.float32) for k, d in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    if mean.shape != (3,) or std.shape != (3,) or not (std > 0).all():
+        raise ValueError(f"mean {mean.tolist()} and std {std.tolist()}, three numbers each")
+
+    def look(images: jax.Array) -> jax.Array:
+        return (resize(images.astype(jnp.float32) / 255, side, RESIZING[kernel]) - mean) / std
+
+    return look, side, False, None, jnp.float32
+
+
+def resize(images: jax.Array, side: int, kernel: str) -> jax.Array:
+    """[B, H, W, C] in [0, 1] -> [B, side, side, C]; what a cubic kernel overshoots is cut."""
+    if images.shape[1:3] == (side, side):
+        return images
+    shape = (len(images), side, side, images.shape[-1])
+    return jnp.clip(jax.image.resize(images, shape, kernel, precision=jax.lax.Precision.HIGHEST), 0.0, 1.0)
+
+
+def _width(apply: Callable[..., jax.Array], params: Any, size: int) -> int:
+    rows = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8), jax.ShapeDtypeStruct((2,), jnp.bool_)
+    return int(jax.eval_shape(apply, params, *rows).shape[-1])
+
+
+def export(workdir: str | Path, out: str | Path) -> dict[str, Any]:
+    """The H&E encoder of a run as a folder that timm, or of_weights, reads; -> a few words about it.
+
+    Its features must be those of the run: ValueError, and no file, for a method whose 'he' is more than an encoder.
+    """
+    run, out = open_run(workdir), Path(out)
+    params, stats = (_encoder_part(tree, run) for tree in (run.params, run.extra))
+    view = _view(run)
+    _check_export(run, params, stats, view)
+    statistics = next((c.args for c in view.calls if c.name == "normalise"), {"mean": (0.0,), "std": (1.0,)})
+    mean, std = (np.broadcast_to(statistics[name], (3,)) for name in ("mean", "std"))
+    ours = {"view": str(view), "size": run.facts.size, "mpp": run.facts.mpp, "dtype": run.config.dtype}
+    ours |= {"run": run.name, "step": run.step, "checkpoint": run.digest}
+    side = view.size or run.facts.size
+    with only_one(out):
+        on_host = jax.device_get((params, stats))
+        weights.save(out, run.config.encoder, *on_host, side=side, mean=mean, std=std, ours=ours)
+    name = weights.architecture(run.config.encoder, side)["architecture"]
+    return {"architecture": name, "features": models.make(run.config.encoder).dim, "step": run.step}
+
+
+def _view(run: Trained) -> views.View:
+    modality = run.facts.modalities["he"]
+    size, channels = run.config.views.size, modality.channels
+    return views.parse(run.config.views.eval, size=size, kind=modality.kind, channels=channels)
+
+
+def _encoder_part(tree: Any, run: Trained) -> Any:
+    part = tree.get("he")
+    if part is None:
+        raise ValueError(f"{run.path}: the method {run.config.method!r} keeps no H&E encoder under 'he'")
+    return part.get("encoder", part)
+
+
+def _check_export(run: Trained, params: Any, stats: Any, view: views.View) -> None:
+    size = run.facts.size
+    he = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8))
+    made = of_trained(run)
+    expected = np.asarray(jax.jit(made.apply)(made.params, he, jnp.ones(2, bool)))
+    model, dtype = models.make(run.config.encoder), compute_dtype(run.config.dtype)
+
+    def alone(params: Any, stats: Any, he: jax.Array) -> jax.Array:
+        return model.apply(params, stats, view(jax.random.key(0), he), train=False, dtype=dtype)[0]
+
+    found = np.asarray(jax.jit(alone)(params, stats, he))
+    scale = max(float(np.abs(expected).max()), 1e-6)
+    if found.shape != expected.shape or not np.abs(found - expected).max() <= TOLERANCE * scale:
+        raise ValueError(f"{run.path}: what {run.config.method!r} embeds is more than its encoder: it is not exported")

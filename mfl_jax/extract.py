@@ -1,0 +1,360 @@
+"""`mfl extract`: slides or tile sets through an encoder, one file of features a slide.
+
+Three things happen at once: threads read and decode tiles, in order and a bounded number ahead; this thread fills
+batches, which tiles of many slides share, and writes what has come back; another one keeps the device busy. A slide
+that fails is named and stops no other. What holds a slide's features is a function of the encoder, the tiles and the
+parameters, by whose hash a rerun knows what is left to do.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from input_pipeline.files import only_one
+from input_pipeline.ledger import Ledger
+from input_pipeline.pool import available_cores
+from input_pipeline.tile import write_status_table
+from mfl_jax import sharding, store
+from mfl_jax.encoder import Encoder
+from mfl_jax.slides import Entry, Source, Tiles
+from mfl_jax.store import Layout
+
+CHUNK = 16  # tiles that a thread reads at a time
+DEPTH = 2  # batches on the device besides the one that is being filled
+READING = ("read", "decode", "resample")
+
+
+@dataclass
+class Report:
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    kept: int = 0  # slides that were done already
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["state"] == "failed"]
+
+
+def extract(
+    source: Source,
+    encoder: Encoder,
+    out: str | os.PathLike,
+    *,
+    layout: str = "ours",
+    dtype: str | None = None,
+    batch: int = 256,
+    workers: int | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Never stops at a bad slide; `Report.failed` names them. Interrupted or repeated, it goes on where it was."""
+    if batch < 1 or (workers is not None and workers < 1):
+        raise ValueError(f"batch and workers are at least 1, not {batch} and {workers}")
+    if jax.process_count() > 1:
+        raise ValueError("extraction runs in one process: give each host its part of the slides, and an --out")
+    out, report = Path(out), Report()
+    if layout not in store.DTYPES:
+        raise ValueError(f"layout is {layout!r}; allowed: {', '.join(store.DTYPES)}")
+    place = Layout(layout, out, dtype or store.DTYPES[layout][0], encoder.name, encoder.digest)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    workers = available_cores() if workers is None else workers
+    with only_one(out):
+        jobs = [_Job(entry, source, place, encoder) for entry in source.entries]
+        for path in (p for job in jobs for p in job.files.values()):
+            store.remove_parts(path)
+        _check_others(place, jobs)
+        todo = [job for job in jobs if not job.look()]
+        report.kept = len(jobs) - len(todo)
+        work = [job for job in todo if not job.entry.fault]
+        for job in todo:
+            if job.entry.fault:
+                say(f"{job.entry.slide_id} is left out: {job.entry.fault}")
+        report.ledger.crews = dict.fromkeys(READING, ("readers", workers))
+        report.ledger.crews |= {"compute": ("device", 1), "host to device": ("host", 1), "write": ("host", 1)}
+        with tqdm(total=len(work), desc="extract", unit="slide", disable=not progress) as bar:
+            for job in work:
+                job.ended = _account(report.ledger, bar, say)
+            if work:
+                _run(work, encoder, source.size, batch, workers, mesh, report.ledger)
+        for job in todo:
+            if job.state == "failed":
+                job.set_aside()
+        report.rows = [job.row() for job in jobs]
+        write_status_table(out / "status.csv", report.rows)
+        whole = [job.entry for job in jobs if job.state != "failed"]
+        store.write_tables(place, [{n: getattr(e, n) for n in ("slide_id", "case_id", "label")} for e in whole])
+    return report
+
+
+def _account(ledger: Ledger, bar: Any, say: Callable[[str], None]) -> Callable[["_Job"], None]:
+    def ended(job: "_Job") -> None:
+        bar.update()
+        if job.state == "failed":
+            say(f"{job.entry.slide_id} failed: {job.reason}")
+        else:
+            ledger.add(job.timings, job.count)
+
+    return ended
+
+
+def _check_others(place: Layout, jobs: Sequence["_Job"]) -> None:
+    """Features of two encoders in one folder would be one set to whoever reads it."""
+    wanted = {job.files["features"] for job in jobs}
+    for path in sorted(p for folder in {w.parent for w in wanted} for p in folder.glob("*.h5")):
+        about = store.stored_attributes(path)
+        if about is None:
+            raise ValueError(
+                f"{path} is damaged, or was not written by mfl extract: move it away, or choose another --out"
+            )
+        if path not in wanted and about["encoder_sha256"] != place.sha256:
+            raise ValueError(
+                f"{path} is of a slide that was not asked for, and of another encoder ({about['encoder']}): choose "
+                "another --out, or move it away"
+            )
+
+
+class _Job:
+    """One slide on its way: from its first tile read to its file. `ended` is called once, when it is done or failed."""
+
+    def __init__(self, entry: Entry, source: Source, place: Layout, encoder: Encoder):
+        self.entry, self.place, self.dim = entry, place, encoder.dim
+        self.files = place.files(entry.slide_id, source.size, source.mpp, source.overlap)
+        said = [store.VERSION, place.name, place.dtype, encoder.digest, encoder.name, entry.signature, entry.case_id]
+        self.key = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        self.state, self.reason = ("failed" if entry.fault else "waiting"), entry.fault
+        self.ended: Callable[[_Job], None] = lambda job: None
+        self.count = self._written = self._unread = 0
+        self.mpp: float | str = ""
+        self.mpp_source = ""
+        self._tiles: Tiles | None = None
+        self._features: Any = None
+        self._file = contextlib.ExitStack()
+
+    @property
+    def over(self) -> bool:
+        return self.state != "waiting"
+
+    def look(self) -> bool:
+        """Whether it was done by an earlier run."""
+        about = store.stored_attributes(self.files["features"]) if not self.over else None
+        if about is None or about["config_sha256"] != self.key or not all(p.is_file() for p in self.files.values()):
+            return False
+        self.count, self.mpp, self.mpp_source = int(about["tiles"]), float(about["mpp_level0"]), about["mpp_source"]
+        self._name_state()
+        return True
+
+    def begin(self) -> list[range]:
+        """The rows that are to be read, by chunk; none where the slide is empty, or cannot be opened."""
+        with self.guarded():
+            self._tiles = self.entry.open()
+            sheet = self._tiles.sheet
+            self.count, self.mpp, self.mpp_source = len(sheet.coords), sheet.mpp, sheet.mpp_source
+            if self.count:
+                chunks = [range(s, min(s + CHUNK, self.count)) for s in range(0, self.count, CHUNK)]
+                self._unread = len(chunks)
+                return chunks
+            self._tiles.close()
+            self._open_file()
+            self._close_file()
+        return []
+
+    def read(self, rows: range) -> np.ndarray:
+        """By any thread."""
+        assert self._tiles is not None
+        return self._tiles.read(rows.start, rows.stop)
+
+    def was_read(self) -> None:
+        """A chunk has come, well or not: after the last one nobody reads from the slide any more."""
+        self._unread -= 1
+        if not self._unread and self._tiles is not None:
+            self._tiles.close()
+
+    def put(self, start: int, features: np.ndarray) -> None:
+        """Rows in their order; the file gets its name with the last one."""
+        if self.over:
+            return
+        with self.guarded():
+            with np.errstate(over="ignore"):
+                stored = features.astype(self.place.dtype)
+            if bad := np.flatnonzero(~np.isfinite(stored).all(1)).tolist():
+                way_out = "; they are too large for float16: use float32" if np.isfinite(features).all() else ""
+                raise ValueError(f"features of {len(bad)} tiles are not finite, the first is {start + bad[0]}{way_out}")
+            if self._features is None:
+                self._open_file()
+            self._features[start : start + len(stored)] = stored
+            self._written += len(stored)
+            if self._written == self.count:
+                self._close_file()
+
+    def _open_file(self) -> None:
+        assert self._tiles is not None
+        opened = store.writer(self.place, self._tiles.sheet, self.dim, self.key)
+        self._features = self._file.enter_context(opened)
+
+    def _close_file(self) -> None:
+        self._features = None
+        self._file.close()
+        self._name_state()
+        self.ended(self)
+
+    def _name_state(self) -> None:
+        self.state, self.reason = ("done", "") if self.count else ("empty", "no tile has enough tissue")
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What goes wrong within is this slide's fault, and no other's."""
+        try:
+            yield
+        except (ValueError, MemoryError) as error:
+            self._fail(str(error))
+        except Exception as error:  # every other slide must still be done; the reason goes into the status table
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, reason: str) -> None:
+        if not self.over:
+            self.state, self.reason = "failed", reason
+            self.abandon()
+            self.ended(self)
+
+    def abandon(self) -> None:
+        """Close what is open; a file that is not complete does not get its name."""
+        error, self._features = InterruptedError("the slide was given up"), None
+        self._file.__exit__(InterruptedError, error, None)
+
+    @property
+    def timings(self) -> dict[str, float]:
+        return {} if self._tiles is None else dict(self._tiles.timings)
+
+    def set_aside(self) -> None:
+        """A file of other parameters or pixels must not pass for today's: it stays, under a name that no one reads."""
+        for path in self.files.values():
+            if path.is_file():
+                os.replace(path, path.with_name(path.name + ".stale"))
+
+    def row(self) -> dict[str, Any]:
+        whole = self.state != "failed"
+        file = self.files["features"].relative_to(self.place.out).as_posix() if whole else ""
+        about: dict[str, Any] = {"slide_id": self.entry.slide_id, "case_id": self.entry.case_id, "state": self.state}
+        about |= {"tiles": self.count if whole else "", "mpp": self.mpp, "mpp_source": self.mpp_source}
+        return about | {"file": file, "reason": self.reason}
+
+
+@dataclass
+class _Batch:
+    images: np.ndarray
+    spans: list[tuple[_Job, int, int, int]] = field(default_factory=list)  # slide, its first row, ours, how many
+    filled: int = 0
+
+
+def _run(
+    work: Sequence[_Job], encoder: Encoder, size: int, batch: int, workers: int, mesh: Mesh, ledger: Ledger
+) -> None:
+    across = mesh.shape[sharding.DATA]
+    rows = -(-batch // across) * across
+    compiled = _compiled(encoder, size, rows, mesh)
+    start, flying = perf_counter(), deque[tuple[_Batch, Future]]()
+    device = ThreadPoolExecutor(1, "mfl-device")
+
+    def compute(placed: dict[str, Any]) -> tuple[np.ndarray, float]:
+        begin = perf_counter()
+        found = np.asarray(compiled(encoder.params, placed["he"], placed["mask"]), np.float32)
+        return found, perf_counter() - begin
+
+    def land() -> None:
+        made, future = flying.popleft()
+        features, spent = future.result()
+        ledger.seconds.update({"compute": spent})
+        begin = perf_counter()
+        for job, first, row, count in made.spans:
+            job.put(first, features[row : row + count])
+        ledger.seconds.update({"write": perf_counter() - begin})
+
+    try:
+        with contextlib.closing(_batches(work, size, rows, workers)) as batches:
+            for made in batches:
+                begin = perf_counter()
+                given = {"he": made.images, "mask": np.arange(rows) < made.filled}
+                placed = jax.block_until_ready(sharding.put(given, mesh))
+                ledger.seconds.update({"host to device": perf_counter() - begin})
+                flying.append((made, device.submit(compute, placed)))
+                while len(flying) > DEPTH or (flying and flying[0][1].done()):
+                    land()
+        while flying:
+            land()
+    finally:
+        device.shutdown(wait=True, cancel_futures=True)
+        for job in work:
+            job.abandon()
+        ledger.wall = perf_counter() - start
+
+
+def _compiled(encoder: Encoder, size: int, rows: int, mesh: Mesh) -> Callable[..., jax.Array]:
+    places = sharding.batch_sharding(mesh)
+    images = jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8, sharding=places)
+    mask = jax.ShapeDtypeStruct((rows,), np.bool_, sharding=places)
+    return jax.jit(encoder.apply).lower(encoder.params, images, mask).compile()
+
+
+def _batches(work: Sequence[_Job], size: int, rows: int, workers: int) -> Generator[_Batch, None, None]:
+    """Full batches, but for the last. An array is filled once: the device may still read from it."""
+    made = None
+    with contextlib.closing(_chunks(work, workers, rows)) as chunks:
+        for job, taken, pixels in chunks:
+            done = 0
+            while done < len(taken):
+                made = made or _Batch(np.zeros((rows, size, size, 3), np.uint8))
+                count = min(rows - made.filled, len(taken) - done)
+                made.images[made.filled : made.filled + count] = pixels[done : done + count]
+                made.spans.append((job, taken.start + done, made.filled, count))
+                made.filled, done = made.filled + count, done + count
+                if made.filled == rows:
+                    yield made
+                    made = None
+    if made is not None:
+        yield made
+
+
+def _chunks(work: Sequence[_Job], workers: int, rows: int) -> Generator[tuple[_Job, range, np.ndarray], None, None]:
+    """Tiles in order, read by threads; read and not yet asked for are at most a batch and what is in hand."""
+    ahead = workers + -(-rows // CHUNK)
+    pending: deque[tuple[_Job, range, Future]] = deque()
+
+    def take() -> Iterator[tuple[_Job, range, np.ndarray]]:
+        job, taken, future = pending.popleft()
+        pixels = None
+        try:
+            if not (job.over and future.cancel()):
+                with job.guarded():
+                    pixels = future.result()
+        finally:
+            job.was_read()
+        if pixels is not None and not job.over:
+            yield job, taken, pixels
+
+    with ThreadPoolExecutor(workers, "mfl-reader") as pool:
+        try:
+            for job in work:
+                for part in job.begin():
+                    pending.append((job, part, pool.submit(job.read, part)))
+                    while len(pending) >= ahead:
+                        yield from take()
+            while pending:
+                yield from take()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for job, _, _ in pending:
+                job.was_read()

@@ -1,0 +1,171 @@
+"""Arms in, results.json out: figures that can be recomputed by hand, and a document that the report takes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mfl_jax import evaluation, report
+from mfl_jax.evaluation import ArmRuns, Seed, assemble
+from mfl_jax.evaluators import LeakError, Task, probe
+from tests.mfl_jax.evaluators.cohort import cohort
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+TASK = Task("label")
+OPTIONS = {"resamples": 60}
+
+
+@pytest.fixture(scope="module", name="made")
+def made_fixture():
+    return cohort()
+
+
+def arms(made, **weak) -> list[ArmRuns]:
+    """'good' has the signal, 'weak' a tenth of it; three seeds and two."""
+    good = tuple(Seed(s, cohort()["features"] + 0.1 * noise(s)) for s in range(3))
+    dull = made["features"] * np.array([0.1] + [1] * 7, np.float32)
+    poor = tuple(Seed(s, dull + 0.3 * noise(10 + s)) for s in range(2))
+    return [ArmRuns("good", "Good", "ours", good), ArmRuns("weak", "Weak", "baseline", poor, **weak)]
+
+
+def noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(288, 8)).astype(np.float32)
+
+
+def auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    above = scores[labels == 1][:, None] - scores[labels == 0][None]
+    return float(np.mean(np.where(above == 0, 0.5, above > 0)))
+
+
+def whole(found: dict) -> dict:
+    return {"title": "t", "question": "q", "answer": "a", "created": "now", "version": "0"} | found
+
+
+def test_a_figure_is_the_mean_over_seeds_and_a_difference_is_of_those_means(made):
+    given = arms(made)
+    found = assemble(given, made["columns"], made["splits"], [TASK], **OPTIONS)
+    report.validate(whole(found))
+    json.dumps(found, allow_nan=False)
+    expected = {}
+    for arm, row in zip(given, found["arms"], strict=True):
+        results = [probe.evaluate(s.features, made["columns"], made["splits"], TASK, resamples=0) for s in arm.seeds]
+        each = [auc(r.labels, r.scores) for r in results]
+        assert [s["metrics"]["label/auc"] for s in row["seeds"]] == pytest.approx(each, abs=1e-12)
+        assert [s["seed"] for s in row["seeds"]] == [s.seed for s in arm.seeds]
+        interval = row["metrics"]["label/auc"]
+        assert interval["mean"] == pytest.approx(np.mean(each), abs=1e-12)
+        assert interval["low"] < interval["mean"] < interval["high"]
+        expected[arm.name] = np.mean(each)
+    (d,) = found["differences"]
+    assert (d["a"], d["b"], d["metric"]) == ("good", "weak", "label/auc")
+    assert d["difference"] == pytest.approx(expected["good"] - expected["weak"], abs=1e-12)
+    assert 0 < d["low"] < d["difference"] < d["high"]
+    assert [m["key"] for m in found["tasks"][0]["metrics"]][:2] == ["label/auc", "label/balanced_accuracy"]
+    assert "Good, Weak" in found["reliability"][0]
+
+
+def test_holm_is_over_every_difference_that_is_made(made):
+    tasks = [TASK, Task("positive", "positive", 0.5)]
+    third = ArmRuns("none", "None", "baseline", (Seed(0, noise(99)),))
+    found = assemble([*arms(made), third], made["columns"], made["splits"], tasks, kinds=("probe", "knn"), **OPTIONS)
+    rows = found["differences"]
+    assert len(rows) == 3 * 2 * 2
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["p"])
+    worst = 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, rows[i]["p"] * (len(rows) - rank))
+        assert rows[i]["p_holm"] == pytest.approx(min(1.0, worst))
+    assert {t["name"] for t in found["tasks"]} == {"label", "positive", "label/knn", "positive/knn"}
+    some = assemble(arms(made), made["columns"], made["splits"], tasks, pairs=[("weak", "good")], **OPTIONS)
+    assert [(d["a"], d["b"]) for d in some["differences"]] == [("weak", "good")] * 2
+
+
+def test_predictions_of_a_trained_head_stand_in_for_the_probe_of_that_task_alone(made):
+    truth = made["columns"]["label"].astype(float)
+    given = [ArmRuns("end", "End to end", "ceiling", (Seed(0, noise(1), predictions={"label": truth}),))]
+    tasks = [TASK, Task("positive", "positive", 0.5)]
+    found = assemble(given, made["columns"], made["splits"], tasks, **OPTIONS)["arms"][0]["metrics"]
+    assert found["label/auc"]["mean"] == 1.0
+    assert found["positive/auc"]["mean"] < 0.8
+
+
+def test_every_kind_fills_its_section_and_what_is_left_out_is_said(made):
+    targets = {"if/a": made["columns"]["positive"], "if/b": np.ones(288), "ihc/c": made["columns"]["positive"] ** 2}
+    given = [
+        replace(arm, seeds=arm.seeds[:count])
+        for arm, count in zip(arms(made, skip=("few_label",)), (2, 1), strict=True)
+    ]
+    options = {"kinds": evaluation.KINDS, "targets": targets, "resamples": 40}
+    found = assemble(given, made["columns"], made["splits"], [TASK], **options)
+    report.validate(whole(found))
+    keys = set(found["arms"][0]["metrics"])
+    assert {"label/auc", "label/knn/auc", "label/paper_head/auc", "decode/if/a", "decode/ihc/c"} <= keys
+    assert {"batch_effect/nearest", "batch_effect/linear", "batch_effect/silhouette"} <= keys
+    assert "decode/if/b" not in keys
+    assert any("if/b does not vary" in note for note in found["reliability"])
+    assert "Weak: few_label was left out, for it means nothing here" in found["reliability"]
+    assert [(row["arm"], row["by"]) for row in found["labels"]] == [("good", "cases"), ("good", "tiles")]
+    assert found["labels"][0]["x"] == [0.01, 0.05, 0.1, 0.25, 1.0]
+    full = found["arms"][0]["metrics"]["label/auc"]["mean"]
+    assert found["labels"][0]["y"][-1] == pytest.approx(full, abs=0.02)
+    assert found["labels"][0]["y"][0] < full
+    decoded = found["arms"][0]["metrics"]["decode/if/a"]
+    assert 0.5 < decoded["low"] < decoded["mean"] < decoded["high"] <= 1
+    (effect,) = [task for task in found["tasks"] if task["name"] == "batch_effect"]
+    assert all(0 < m["chance"] < 0.2 for m in effect["metrics"] if "chance" in m)
+
+
+def test_a_regression_has_metrics_of_its_own(made):
+    task = Task("positive", "positive", regression=True)
+    found = assemble(arms(made), made["columns"], made["splits"], [task], **OPTIONS)
+    report.validate(whole(found))
+    values = found["arms"][0]["metrics"]
+    assert set(values) == {"positive/r2", "positive/spearman", "positive/mae"}
+    each = [s["metrics"]["positive/r2"] for s in found["arms"][0]["seeds"]]
+    assert values["positive/r2"]["mean"] == pytest.approx(np.mean(each), abs=1e-12)
+    assert values["positive/r2"]["low"] < values["positive/r2"]["mean"] < values["positive/r2"]["high"]
+
+
+def test_cases_of_pretraining_in_test_are_refused_or_marked(made):
+    seen = (made["splits"]["train"][0], made["splits"]["test"][0])
+    given = [*arms(made), ArmRuns("leak", "Leak", "ours", (Seed(0, made["features"], pretrained=seen),))]
+    with pytest.raises(LeakError, match=made["splits"]["test"][0]):
+        assemble(given, made["columns"], made["splits"], [TASK], **OPTIONS)
+    found = assemble(given, made["columns"], made["splits"], [TASK], transductive=True, **OPTIONS)
+    assert [arm["title"] for arm in found["arms"]] == ["Good", "Weak", "Leak (transductive)"]
+    assert "Leak" not in found["reliability"][0]
+    assert any("the encoder has seen 1 of" in note for note in found["reliability"])
+
+
+def test_an_arm_is_marked_whatever_is_evaluated(made):
+    given = [ArmRuns("leak", "Leak", "ours", (Seed(0, made["features"], pretrained=(made["splits"]["test"][0],)),))]
+    options = {"kinds": ("batch_effect",), "transductive": True}
+    found = assemble(given, made["columns"], made["splits"], [], **options, **OPTIONS)
+    assert found["arms"][0]["title"] == "Leak (transductive)"
+    assert not any("(checked)" in note for note in found["reliability"])
+
+
+def test_one_test_case_gives_values_without_intervals(made):
+    splits = made["splits"] | {"test": made["splits"]["test"][:1]}
+    found = assemble(arms(made), made["columns"], splits, [TASK], **OPTIONS)
+    report.validate(whole(found))
+    assert found["arms"][0]["metrics"]["label/auc"]["mean"] > 0.8
+    assert found["arms"][0]["metrics"]["label/auc"]["low"] is None
+    assert found["differences"] == []
+    assert any("no differences of label/auc: an interval needs at least 2 cases" in n for n in found["reliability"])
+
+
+def test_few_test_cases_are_said(made):
+    few = made["splits"] | {"test": made["splits"]["test"][:3]}
+    assert "3 cases only" in assemble(arms(made), made["columns"], few, [TASK], **OPTIONS)["intervals"]
+    many = {
+        "train": made["splits"]["train"][:4],
+        "test": [*made["splits"]["train"][4:], *made["splits"]["test"], "case06", "case07"],
+    }
+    assert "only" not in assemble(arms(made), made["columns"], many, [TASK], **OPTIONS)["intervals"]
+
+
+def test_arms_of_one_name_are_refused(made):
+    with pytest.raises(ValueError, match="different names"):
+        assemble(arms(made)[:1] * 2, made["columns"], made["splits"], [TASK], **OPTIONS)

@@ -1,0 +1,177 @@
+"""Tiles as they lie on slides and in tile sets, and `mfl extract` from the command line."""
+
+import csv
+import os
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from input_pipeline import tile
+from mfl_jax import cli, models, slides
+from mfl_jax.interop import weights
+from tests.input_pipeline.tileset import samples
+
+SPEC, SIDE = "vit_ti16,features=12,heads=3,blocks=1", 32
+PARAMS = tile.Params(size=SIDE, mpp=0.5, default_mpp=0.5, max_blur=1.0)
+
+
+def draw(path, seed, white=False):
+    """640 x 512 px of glass, and on it 448 x 384 px of something like stained tissue, or nothing."""
+    noise = np.random.default_rng(seed).normal(0, 1, (512, 640, 3))
+    pixels = [247, 246, 248] + 0.5 * noise
+    if not white:
+        pixels[64:448, 96:544] = [170, 90, 160] + 25 * noise[64:448, 96:544]
+    pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Two slides, an empty one, and one that is none."""
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    images = {name: draw(folder / f"{name}.png", i, name == "white") for i, name in enumerate(("a", "b", "white"))}
+    (folder / "broken.png").write_bytes(b"\x89PNG nothing")
+    (folder / "._a.png").write_bytes(b"no slide")
+    (folder / "notes.txt").write_text("no slide either")
+    return folder, images
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    folder, model, draw = tmp_path_factory.mktemp("weights"), models.make(SPEC), np.random.default_rng(0)
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), np.float32)
+    like = jax.eval_shape(lambda key: model.init(key, image), jax.random.key(0))
+    params, stats = jax.tree.map(lambda leaf: draw.uniform(-0.2, 0.3, leaf.shape).astype(np.float32), like)
+    ours = {"view": f"centre|size({SIDE})|normalise", "size": SIDE, "mpp": 0.5, "dtype": "float32"}
+    weights.save(folder, SPEC, params, stats, side=SIDE, mean=(0.5,) * 3, std=(0.5,) * 3, ours=ours)
+    return folder
+
+
+def test_tiles_of_slides_are_the_pixels_at_their_coordinates(drawn, tmp_path):
+    folder, images = drawn
+    rows = slides.read_cohort(folder)
+    assert [row.slide_id for row in rows] == ["a", "b", "broken", "white"]
+    tile.tile_cohort(rows, tmp_path / "tiled", PARAMS, workers=0, progress=False)
+    source = slides.of_tiled(tmp_path / "tiled")
+    assert (slides.kind_of(tmp_path / "tiled"), source.size, source.mpp, source.overlap) == ("tiled", SIDE, 0.5, 0)
+    found = {entry.slide_id: entry for entry in source.entries}
+    assert found["broken"].fault.startswith("tiling failed: ")
+    assert not found["a"].fault
+    opened = found["a"].open()
+    coords = opened.sheet.coords
+    assert (opened.sheet.extent, opened.sheet.mpp, opened.sheet.side) == ((640, 512), 0.5, SIDE)
+    assert len(coords) > 100
+    for (x, y), pixels in zip(coords[3:8], opened.read(3, 8), strict=True):
+        np.testing.assert_array_equal(pixels, images["a"][y : y + SIDE, x : x + SIDE])
+    assert set(opened.timings) >= {"read", "decode"}
+    opened.close()
+    empty = found["white"].open()
+    assert len(empty.sheet.coords) == 0
+    empty.close()
+    os.utime(folder / "b.png", ns=(1, 1))
+    changed = {entry.slide_id: entry for entry in slides.of_tiled(tmp_path / "tiled").entries}
+    assert changed["b"].fault == "its files changed since it was tiled; run mfl tile again"
+    assert changed["a"].signature == found["a"].signature
+
+
+def test_tiles_of_a_tile_set_are_its_records(tmp_path):
+    source = slides.of_tile_set(samples.write_set(tmp_path))
+    assert (slides.kind_of(tmp_path), source.size, source.mpp) == ("tile set", samples.SIZE, 0.5)
+    assert [(e.slide_id, e.case_id) for e in source.entries] == [("A 1", "case-1"), ("B", "case-2"), ("C", "case-2")]
+    opened = source.entries[2].open()
+    wanted = [samples.record(seed) for seed in range(7, 11)]
+    for pixels, record in zip(opened.read(1, 4), wanted[1:], strict=True):
+        np.testing.assert_array_equal(pixels, record.he)
+    np.testing.assert_array_equal(opened.sheet.coords, [(record.x, record.y) for record in wanted])
+    assert (opened.sheet.case_id, opened.sheet.mpp, opened.sheet.side) == ("case-2", 0.5, samples.SIZE)
+    assert len(source.entries[1].open().sheet.coords) == 0
+    shard = sorted(tmp_path.glob("*.tfrecord*"))[2]
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{shard.name}.*run verify"):
+        source.entries[2].open().read(0, 4)
+
+
+def test_slides_are_named_after_their_files(drawn, tmp_path):
+    folder, _ = drawn
+    (one,) = slides.read_cohort(folder / "a.png")
+    assert (one.slide_id, one.case_id, one.he) == ("a", "a", folder / "a.png")
+    os.rename(folder / "b.png", folder / "TCGA-AB-1234-01Z-00-DX1.png")
+    assert slides.read_cohort(folder)[0].case_id == "TCGA-AB-1234"
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="holds no slides, no folder he/"):
+        slides.read_cohort(tmp_path / "nothing")
+    (tmp_path / "cohort" / "he").mkdir(parents=True)
+    (tmp_path / "cohort" / "ihc").mkdir()
+    for name in ("he", "ihc"):
+        draw(tmp_path / "cohort" / name / "x.png", 0)
+    (row,) = slides.read_cohort(tmp_path / "cohort")
+    assert (row.slide_id, row.partners) == ("x", ())
+
+
+def mfl(*arguments):
+    return cli.main([*map(str, arguments), "--quiet", "--workers", "0"])
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_extract_from_slides(drawn, encoder_folder, tmp_path, capsys):
+    """Tiled first, read, and written; one bad slide makes the exit status 1, and alone is tried again."""
+    folder, _ = drawn
+    arguments = ("extract", folder, "--weights", encoder_folder, "--out", tmp_path / "out", "--batch", 16)
+    assert mfl(*arguments, "--default-mpp", 0.5) == 1
+    printed = capsys.readouterr()
+    assert "2 done, 1 empty, 1 failed (0 were done before)" in printed.out
+    assert "The limit is" in printed.out
+    assert "broken" in printed.err
+    table = {row["slide_id"]: row for row in rows_of(tmp_path / "out" / "status.csv")}
+    assert {name: row["state"] for name, row in table.items()} == {
+        "a": "done",
+        "b": "done",
+        "broken": "failed",
+        "white": "empty",
+    }
+    with h5py.File(tmp_path / "out" / table["a"]["file"]) as file:
+        assert file["features"].shape == (int(table["a"]["tiles"]), 12)
+        assert np.ptp(file["features"][:], axis=0).max() > 0
+        assert (file.attrs["encoder"], file.attrs["mpp_source"]) == ("vit_tiny_patch16_224", "default")
+    draw(folder / "broken.png", 9)
+    assert mfl(*arguments, "--default-mpp", 0.5) == 0
+    assert "3 done, 1 empty, 0 failed (3 were done before)" in capsys.readouterr().out
+
+
+def test_extract_from_a_tile_set_in_another_layout(encoder_folder, tmp_path, capsys):
+    samples.write_set(tmp_path / "set")
+    arguments = ("extract", tmp_path / "set", "--weights", encoder_folder, "--out", tmp_path / "out")
+    assert mfl(*arguments, "--layout", "trident") == 2
+    assert f"the tiles are of {samples.SIZE} px; vit_tiny_patch16_224 takes {SIDE} px" in capsys.readouterr().err
+    assert mfl(*arguments, "--default-mpp", "1") == 2
+    assert "--default-mpp is for slides" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("extract", "nowhere", "--weights", "w", "--out", "o"), "there is no w/config.json"),
+        (("extract", "nowhere", "--run", "r", "--out", "o"), "r is no run: there is no such folder"),
+    ],
+)
+def test_a_wrong_request_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert mfl(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_of_no_run(tmp_path, capsys):
+    assert cli.main(["export", str(tmp_path / "no"), "--out", str(tmp_path / "out")]) == 2
+    assert "is no run" in capsys.readouterr().err
