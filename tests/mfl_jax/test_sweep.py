@@ -164,13 +164,15 @@ def test_a_signal_is_handed_on_and_waited_for(spec, tmp_path, monkeypatch):
     said = []
 
     class Process:
-        def __init__(self, command, stdout, stderr):
+        def __init__(self, command, stdout, stderr, env):
             said.append(command[3:])
+
+        def poll(self):
+            said.append("poll")
+            raise KeyboardInterrupt
 
         def wait(self):
             said.append("wait")
-            if said.count("wait") == 1:
-                raise KeyboardInterrupt
 
         def terminate(self):
             said.append("terminate")
@@ -180,7 +182,7 @@ def test_a_signal_is_handed_on_and_waited_for(spec, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sweep.run(jobs, tmp_path / "out", sweep.local, say=lambda line: None)
     command = ["train", "--config", f"{spec}:", "--workdir", str(tmp_path / "out" / "base"), "--quiet"]
-    assert said == [command, "wait", "terminate", "wait"]
+    assert said == [command, "poll", "terminate", "wait"]
 
 
 def fake_submitit(monkeypatch) -> dict:
