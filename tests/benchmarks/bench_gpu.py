@@ -117,7 +117,7 @@ class Worker:
         env["XLA_FLAGS"] = " ".join(filter(None, flags))
         command = [sys.executable, __file__, "--worker", job.name, *["--tiny"] * args.tiny]
         self.job, self.doing, self.row = job, "starting", None
-        self._said = tempfile.TemporaryFile("w+")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
         self._process = subprocess.Popen(command, text=True, env=env, start_new_session=True, **options)
         self._heard: queue.SimpleQueue[str | None] = queue.SimpleQueue()

@@ -1,5 +1,5 @@
-"""Our side of bench_gpu.py: the train step of configs/mfl.py on batches that lie on the device, its views alone, InfoNCE
-with many negatives, and extraction from a tile set."""
+"""Our side of bench_gpu.py: the train step of configs/mfl.py on batches that lie on the device, its views alone, and
+InfoNCE with many negatives."""
 
 import functools
 import math
