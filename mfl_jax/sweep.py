@@ -124,11 +124,14 @@ def _unfinished(job: Job) -> str:
     return "" if total and step >= total else f"it stopped at step {step} of {total or 'those it was to take'}"
 
 
-def local(jobs: Sequence[Job], side_by_side: int = 1) -> Ended:
+def local(jobs: Sequence[Job], side_by_side: int = 1, environment: Mapping[str, str] = {}) -> Ended:
     """So many at a time, each then with one thread of its own: two runs on two cores take two thirds of the time that
-    they take one after the other. For accelerators it is 1."""
+    they take one after the other. On an accelerator they share its memory, and no run takes more than it needs."""
     waiting, running = list(jobs), dict[Job, subprocess.Popen]()
-    limit = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"} if side_by_side > 1 else {}
+    limit = dict(environment)
+    if side_by_side > 1:
+        limit |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"}
+        limit |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     try:
         while waiting or running:
             while waiting and len(running) < side_by_side:
