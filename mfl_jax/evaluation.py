@@ -184,10 +184,10 @@ def _at_few(
         else:
             continue
         results[arm.name] = [result for draws in each for result in draws]
-        intervals, notes = findings.over_seeds(results[arm.name], task, asked)
-        findings.add(found, arm, prefix, {name: intervals[name] for name in shown if name in intervals}, notes)
+        intervals, notes = findings.over_seeds(results[arm.name], task, asked, shown)
+        findings.add(found, arm, prefix, intervals, notes)
         for number, draws in enumerate(each):
-            for name in (name for name in shown if name in intervals):
+            for name in intervals:
                 value = float(np.mean([statistics.measure(name, r.labels, r.scores) for r in draws]))
                 found.seeds[arm.name][number][f"{prefix}/{name}"] = findings.finite(value)
     if results:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mfl_jax.evaluators.results import Result, class_metrics, compare, value_metrics
+from mfl_jax.evaluators.results import CLASS_METRICS, Result, class_metrics, compare, value_metrics
 from mfl_jax.evaluators.tasks import Task
 from mfl_jax.statistics import Interval
 
@@ -87,10 +87,14 @@ class Asked:
         return {"resamples": self.resamples, "seed": self.seed}
 
 
-def over_seeds(results: Sequence[Result], task: Task, asked: Asked) -> tuple[Mapping[str, Interval], tuple[str, ...]]:
+def over_seeds(
+    results: Sequence[Result], task: Task, asked: Asked, names: Sequence[str] = CLASS_METRICS
+) -> tuple[Mapping[str, Interval], tuple[str, ...]]:
+    """Intervals of all metrics of numbers, or of those named of classes."""
     first, stack = results[0], np.stack([r.scores for r in results])
-    make = value_metrics if task.regression else class_metrics
-    return make(first.labels, stack, first.cases, **asked.drawn())
+    if task.regression:
+        return value_metrics(first.labels, stack, first.cases, **asked.drawn())
+    return class_metrics(first.labels, stack, first.cases, names, **asked.drawn())
 
 
 def differences(

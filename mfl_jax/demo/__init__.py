@@ -52,6 +52,20 @@ CACHE = "jax_compilation_cache_dir"
 LOOKED_AT = ("unpaired", "mfl", "supervised")
 
 
+class Clock:
+    """Tells what is done, and when; keeps what each part took."""
+
+    def __init__(self) -> None:
+        self._start = perf_counter()
+        self.spent: dict[str, float] = {}
+
+    def __call__(self, text: str) -> None:
+        print(f"[{perf_counter() - self._start:6.1f} s] {text}", flush=True)
+
+    def lap(self, part: str) -> None:
+        self.spent[part] = perf_counter() - self._start - sum(self.spent.values())
+
+
 def demo(
     out: Path,
     size: Size = SMALL,
@@ -72,18 +86,15 @@ def demo(
         raise ValueError(f"seeds is {seeds}; at least one is trained")
     if side_by_side is not None and side_by_side < 1:
         raise ValueError(f"side_by_side is {side_by_side}; at least one run is trained at a time")
-    start = perf_counter()
+    tell = Clock()
     workers = available_cores() if workers is None else workers
-
-    def tell(text: str) -> None:
-        print(f"[{perf_counter() - start:6.1f} s] {text}", flush=True)
-
     drawn = {"cases": size.cases, "size": size.slide, "tile": size.tile, "seed": seed}
     cohort = build(out, **drawn, workers=workers, progress=progress, tell=tell)
     tileset = cohort.tileset
     with train_stream(tileset, batch=6, seed=seed) as stream:
         save_picture(out / "batch.png", batch_picture(next(stream), tileset.spec, side=160))
     counts = f"{len(tileset):,} tiles of {len(tileset.slides)} slides of {len(tileset.cases)} cases"
+    tell.lap("slides, tiles, registration")
     tell(f"A tile set stands: {counts}. A batch as training will see it: {out / 'batch.png'}")
     if data_only:
         return out / "batch.png"
@@ -95,6 +106,7 @@ def demo(
     options: dict[str, Any] = {"seeds": seeds, "more": more, "side_by_side": side_by_side}
     options["environment"] = keep_programs(out / "programs")
     runs = train_all(out, size, out / "set", **options, tell=tell)
+    tell.lap("training")
     tell("Evaluating on unseen cases. Until now only the supervised arms have used a label.")
     path = _evaluate(out, size, cohort, runs, seed, more, tell)
     tell(f"Done. Open {path}; all of its figures are in {out / 'results.json'}.")
@@ -118,7 +130,7 @@ def keep_programs(folder: Path) -> dict[str, str]:
 
 
 def _evaluate(
-    out: Path, size: Size, cohort: Cohort, runs: Mapping[str, Sequence[Path]], seed: int, more: str, tell: Callable
+    out: Path, size: Size, cohort: Cohort, runs: Mapping[str, Sequence[Path]], seed: int, more: str, tell: Clock
 ) -> Path:
     tileset, mesh = cohort.tileset, sharding.make_mesh()
     found = runs_on_disk.look([path for paths in runs.values() for path in paths], tileset)
@@ -133,8 +145,10 @@ def _evaluate(
     words = {TASK.name: TASK_WORDS} | {f"decode/{name}": GAINED for name in PARTNERS[:1]}
     results["tasks"] = [task | words.get(task["name"], {}) for task in results["tasks"]]
 
+    tell.lap("evaluation")
     tell("Drawing what the encoders look at, and what they find alike.")
     sections, shown = _pictures(out, size, cohort, runs, arms, collected.columns, seed, more)
+    tell.lap("pictures")
     described = {
         "title": "More from less, on the phantom",
         "question": QUESTION,
@@ -143,7 +157,8 @@ def _evaluate(
         "version": mfl_jax.__version__,
         "cohort": compare.cohort(tileset),
         "projections": _projections(arms, collected.columns, tileset),
-        "ledger": [_ledger(title, ledger) for title, ledger in cohort.ledgers.items() if ledger.tiles],
+        "ledger": [{"title": "The demo", "seconds": tell.spent}]
+        + [_ledger(title, ledger) for title, ledger in cohort.ledgers.items() if ledger.tiles],
         "howto": HOWTO,
         "config": {arm.name: json.loads(configs.to_json(configs.load(_spec(arm, size, out, more)))) for arm in ARMS},
         "hashes": {"tile set": tileset.hash} | {f"checkpoint of {p}": d for p, d in collected.digests.items()},

@@ -67,17 +67,29 @@ def test_neighbours_are_of_other_cases_and_nearest_first():
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_report_and_again_without_training(tmp_path, capsys):
-    size = arms.Size("phantom", tile=64, slide=640, cases=10)
-    options = {"seeds": 2, "more": "total.steps=3,optim.warmup=0 steps,data.batch=32", "progress": False}
+def test_from_nothing_to_a_report_and_again_without_training(tmp_path, compile_cache):
+    """The whole path, by encoders that are hardly any: what is long here is the start of ten processes."""
+    size = arms.Size("phantom", tile=64, slide=640, cases=8)
+    more = "total.steps=3,optim.warmup='0 steps',data.batch=32,encoder='compact,widths=8',views.size=32"
+    options = {"seeds": 2, "more": more, "progress": False}
     path = demo.demo(tmp_path, size, **options)
     found = json.loads((tmp_path / "results.json").read_text())
     validate(found)
     assert path.stat().st_size > 100_000
-    assert {arm["name"] for arm in found["arms"]} == {"random", "colour", *(arm.name for arm in arms.ARMS)}
+    named = {arm["name"]: arm for arm in found["arms"]}
+    assert set(named) == {"random", "colour", *(arm.name for arm in arms.ARMS)}
     assert all(len(arm["seeds"]) == 2 for arm in found["arms"] if arm["name"] != "colour")
     assert {line["arm"] for line in found["labels"]} == {"random", "colour", "unpaired", "mfl", "trident", "supervised"}
     assert all(row["error_um"] < 5 for row in found["registration"] if row["passed"])
+    assert {"marker/auc", "marker/few/auc", "decode/if/MARKER/mean", "batch_effect/nearest"} <= set(
+        named["mfl"]["metrics"]
+    )
+    assert "marker/few/auc" in named["supervised_few"]["metrics"]
+    pairs = {(d["a"], d["b"]) for d in found["differences"] if d["metric"] == "marker/few/auc"}
+    assert pairs == {("mfl", "supervised_few"), ("mfl", "unpaired")}
+    assert {c["name"] for c in found["projections"][0]["colours"]} == {"positive", "slide", "label_stain", "region"}
+    assert "saliency" in found or "saliency" in found["skipped"]
+    assert set(found["ledger"][0]["seconds"]) >= {"training", "evaluation"}
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("checkpoints/*/*")}
     demo.demo(tmp_path, size, **options)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("checkpoints/*/*")}
