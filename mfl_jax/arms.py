@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from mfl_jax import config as configs
 from mfl_jax import data, metrics, trained
 from mfl_jax.data import Facts
-from mfl_jax.evaluation import ArmRuns, Seed
 from mfl_jax.evaluators.embed import colour_statistics, embed_set
 from mfl_jax.evaluators.tasks import Task, check_overlap
+from mfl_jax.findings import ArmRuns, Seed
 from mfl_jax.train import FREE, FREE_DATA
 
 if TYPE_CHECKING:
@@ -208,4 +208,5 @@ def _arm(name: str, asked: Asked, seeds: tuple[Seed, ...], seen: tuple[str, ...]
     walls = [s.wall_s for s in seeds if s.wall_s is not None]
     budget |= {"wall_s": float(np.mean(walls))} if walls else {}
     # An encoder that was trained on the labels has seen all of them: few are no fewer for it.
-    return ArmRuns(name, name, kind, seeds, what, budget, ("few_label",) if supervised else ())
+    skip, share = (("few_label",), config.data.share) if supervised else ((), 1.0)
+    return ArmRuns(name, name, kind, seeds, what, budget, skip, share)

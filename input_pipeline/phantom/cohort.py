@@ -17,7 +17,7 @@ from .cells import TYPES
 from .counts import counts_csv
 from .layout import GRID, REGIONS, SUBTYPES, TISSUES
 from .render import IF_CHANNELS
-from .slide import Slide, draw_partner, draw_slide, paint, paint_nuclei
+from .slide import Slide, draw_partner, draw_slide, look_of, paint, paint_nuclei
 
 VERSION = 2  # of what is drawn: raise it whenever the same seed gives other pixels
 PARTNERS = {"if": "image", "ihc": "image", "nuclei": "map", "counts": "vector"}
@@ -124,6 +124,7 @@ def write_slide(out: Path, job: Job) -> dict[str, str]:
         "case_id": job.case_id,
         "label": SUBTYPES[job.subtype],
         "label_lesion": str(int(job.lesion)),
+        "label_stain": f"{look_of((job.seed, job.case, job.slide)).stain:.3f}",
     }
     row |= paths
     for p in job.partners:
