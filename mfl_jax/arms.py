@@ -16,7 +16,7 @@ from mfl_jax import config as configs
 from mfl_jax import data, metrics, trained
 from mfl_jax.data import Facts
 from mfl_jax.evaluation import ArmRuns, Seed
-from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set
+from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, held_tiles, whole_batch
 from mfl_jax.evaluators.tasks import Task, check_overlap
 from mfl_jax.train import FREE, FREE_DATA
 
@@ -114,25 +114,28 @@ def collect(
     feature: str = "he",
     baselines: Sequence[str] = (),
     tasks: Sequence[Task] = (),
+    split: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Collected:
-    """Every run embedded once, on all tiles of the set. `baselines`: 'random', the first arm's encoder before it has
-    learnt anything; 'colour', statistics of the colours of a tile. A run that was trained on a task's own target is
-    scored on it by its own predictions.
+    """Every run embedded once, on all tiles of the set, or of a split. `baselines`: 'random', the first arm's encoder
+    before it has learnt anything; 'colour', statistics of the colours of a tile. A run that was trained on a task's own
+    target is scored on it by its own predictions.
     """
     arms: list[ArmRuns] = []
     columns: dict[str, np.ndarray] = {}
     digests: dict[str, str] = {}
     notes: list[str] = []
     untaught: list[Seed] = []
-    embed = functools.partial(_embed, tileset=tileset, mesh=mesh, batch=batch)
+    held = held_tiles(tileset, mesh, batch=batch, split=split)
+    embed = functools.partial(_embed, tileset=tileset, mesh=mesh, batch=batch, split=split, held=held)
+    count = len(tileset.ids(split))
     for name, members in group(runs).items():
         seeds: list[Seed] = []
         first = trained.open_run(members[0].path, mesh)
         seen = partners_of_embed(first, feature)
         of_arm = functools.partial(embed, first.method.embed, partners=seen)  # one function: seeds share its program
         for asked in members:
-            say(f"embedding {len(tileset):,} tiles: {asked.path}")
+            say(f"embedding {count:,} tiles: {asked.path}")
             run = first if asked is members[0] else trained.open_run(asked.path, mesh)
             digests[str(asked.path)] = run.digest
             notes += _unfinished(run)
@@ -152,10 +155,11 @@ def collect(
 
 
 def _embed(
-    embed: Any, params: Any, extra: Any, *, tileset: "TileSet", mesh: Any, batch: int, partners: Any
+    embed: Any, params: Any, extra: Any, *, tileset: "TileSet", mesh: Any, batch: int, partners: Any, **rows: Any
 ) -> Embedded:
-    across = mesh.shape["data"]
-    return embed_set(embed, params, extra, tileset, mesh, batch=-(-batch // across) * across, partners=partners)
+    if partners:
+        rows["held"] = None
+    return embed_set(embed, params, extra, tileset, mesh, batch=whole_batch(batch, mesh), partners=partners, **rows)
 
 
 def partners_of_embed(run: trained.Trained, feature: str = "he") -> tuple[str, ...]:

@@ -98,6 +98,15 @@ def read_table(path: str | os.PathLike, target: str = "label", time: str = "", e
     return Table(slides, cases, np.array([names.index(f) for f in found]), names, None, pictures)
 
 
+def of_cases(table: Table, cases: Sequence[str]) -> Table:
+    """The slides of these cases alone."""
+    kept = [i for i, case in enumerate(table.cases) if case in set(cases)]
+    of_slide = {n: tuple(getattr(table, n)[i] for i in kept) for n in ("slides", "cases")}
+    of_slide |= {"pictures": tuple(table.pictures[i] for i in kept)} if table.pictures else {}
+    times = None if table.times is None else table.times[kept]
+    return replace(table, labels=table.labels[kept], times=times, **of_slide)
+
+
 def _number(path: Path, row: int, text: str, column: str) -> float:
     try:
         value = float(text)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mfl_jax import statistics
-from mfl_jax.evaluators import batch_effect, decode, few_label, knn, paper_head, probe
-from mfl_jax.evaluators.results import Result, class_metrics, compare, r2, value_metrics
+from mfl_jax.evaluators import batch_effect, decode, few_label, knn, paper_head, probe, retrieval
+from mfl_jax.evaluators.results import Result, class_metrics, compare, mean_score, r2, value_metrics
 from mfl_jax.evaluators.tasks import Task, check_overlap, split_rows
 from mfl_jax.statistics import Interval
 
@@ -27,8 +27,9 @@ OF_TASK: dict[str, tuple[str, Callable[..., Result]]] = {
     "knn": ("nearest neighbours", knn.evaluate),
     "paper_head": ("small network on frozen features", paper_head.evaluate),
 }
-KINDS = (*OF_TASK, "few_label", "decode", "batch_effect")
-CLASSES_ONLY = ("knn", "paper_head", "few_label")
+WITHOUT_TASK = ("decode", "batch_effect", "distance_ratio")
+KINDS = (*OF_TASK, "few_label", "retrieval", *WITHOUT_TASK)
+CLASSES_ONLY = ("knn", "paper_head", "few_label", "retrieval")
 TITLES = {
     "auc": "AUC",
     "balanced_accuracy": "Balanced accuracy",
@@ -40,8 +41,16 @@ TITLES = {
     "r2": "R\u00b2",
     "spearman": "Rank correlation",
     "mae": "Absolute error",
+    "map": "Mean average precision",
+    "recall_1": "Recall@1",
+    "recall_5": "Recall@5",
+    "recall_10": "Recall@10",
+    "ndcg": "nDCG",
+    "addr_global": "Far/near, all pairs",
+    "addr_local": "Far/near, slide by slide",
 }
 LOWER = ("ece", "mae")
+RETRIEVED = ("map", "recall_1", "recall_5", "recall_10", "ndcg")
 FEW_CASES = 8  # below it, resamples of cases hardly differ, and an interval says little
 Say = Callable[[str], None]
 
@@ -126,7 +135,7 @@ def check(kinds: Sequence[str], tasks: Sequence[Task], tileset: "TileSet", decod
         if task.regression and (wrong := [kind for kind in kinds if kind in CLASSES_ONLY]):
             raise ValueError(f"{', '.join(wrong)} take classes, and {task.name!r} is a regression: give a threshold")
         split_rows(columns, tileset.splits, task.read(columns)[1])
-    if not tasks and (wrong := [kind for kind in kinds if kind not in ("decode", "batch_effect")]):
+    if not tasks and (wrong := [kind for kind in kinds if kind not in WITHOUT_TASK]):
         raise ValueError(f"{', '.join(wrong)} need a target, a column of the tile set")
     check_overlap(tileset.splits)
     if "decode" in kinds:
@@ -142,6 +151,7 @@ def assemble(
     kinds: Sequence[str] = ("probe",),
     pairs: Sequence[tuple[str, str]] | None = None,
     targets: Mapping[str, np.ndarray] | None = None,
+    limits: tuple[float, float] = (0.0, 0.0),
     transductive: bool = False,
     resamples: int = 2000,
     seed: int = 0,
@@ -151,6 +161,7 @@ def assemble(
 
     pairs    arms whose differences are wanted; all pairs where it is None
     targets  summaries of the partners (evaluators.decode.summaries), for the kind 'decode'
+    limits   um below which a pair of tiles is near and above which it is far, for the kind 'distance_ratio'
 
     The key of a metric is 'task/auc' for the probe and 'task/kind/auc' for the others. LeakError where an arm was
     trained on cases of the validation or test split, unless `transductive`, which marks its title.
@@ -173,11 +184,15 @@ def assemble(
             _decode(able, asked, targets or {}, found)
         elif kind == "batch_effect":
             _batch_effect(able, asked, found)
+        elif kind == "distance_ratio":
+            _distance_ratio(able, asked, limits, found)
         for task in tasks:
             if kind in OF_TASK:
                 _of_task(kind, task, able, asked, found)
             elif kind == "few_label":
                 _few_label(task, able, asked, found)
+            elif kind == "retrieval":
+                _retrieval(task, able, asked, found)
     return _document(arms, asked, found)
 
 
@@ -212,14 +227,62 @@ def _over_seeds(results: Sequence[Result], task: Task, asked: Asked) -> tuple[Ma
     return make(first.labels, stack, first.cases, **asked.drawn())
 
 
-def _differences(results: Mapping[str, Sequence[Result]], metric: str, prefix: str, asked: Asked, found: Found) -> None:
+def _retrieval(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
+    prefix, chances = f"{task.name}/retrieval", {}
+    results: dict[str, list[Result]] = {}
+    for arm in arms:
+        asked.say(f"retrieval in other cases, {task.name}: {arm.title}")
+        each = [
+            retrieval.evaluate(run.features, asked.columns, asked.splits, task, **asked.of(run)) for run in arm.seeds
+        ]
+        for number, one in enumerate(each):
+            found.seeds[arm.name][number] |= {f"{prefix}/{m}": _finite(i.value) for m, i in one.metrics.items()}
+            _note(found, arm, prefix, one.notes)
+        chances = each[0].chance
+        _add(found, arm, prefix, retrieval.over_seeds(each, **asked.drawn()), ())
+        results[arm.name] = [retrieval.as_result(one, "map") for one in each]
+    rows = []
+    for name in RETRIEVED:
+        chance = {"chance": chances[name]} if name in chances else {}
+        rows.append({"key": f"{prefix}/{name}", "title": TITLES[name]} | chance)
+        if any(f"{prefix}/positive_{name}" in found.metrics[arm.name] for arm in arms):
+            rows.append({"key": f"{prefix}/positive_{name}", "title": f"{TITLES[name]}, class 1"})
+    found.tasks.append({"name": prefix, "title": f"{task.name}, found in other cases", "metrics": rows})
+    _differences(results, "map", prefix, asked, found, mean_score)
+
+
+def _distance_ratio(arms: Sequence[ArmRuns], asked: Asked, limits: tuple[float, float], found: Found) -> None:
+    rows = np.isin(asked.columns["case"], list(asked.splits["test"]))
+    columns = {name: values[rows] for name, values in asked.columns.items()}
+    options: dict[str, Any] = {"near_um": limits[0], "far_um": limits[1], "seed": asked.seed}
+    for arm in arms:
+        asked.say(f"distances along a slide: {arm.title}")
+        features = [run.features[rows] for run in arm.seeds]
+        ratios, notes = retrieval.distance_ratio(features, columns, **options, resamples=asked.resamples)
+        for number, one in enumerate(features):
+            alone, _ = retrieval.distance_ratio(one, columns, **options, resamples=0)
+            found.seeds[arm.name][number] |= {f"addr/{m}": _finite(i.value) for m, i in alone.items()}
+        _add(found, arm, "addr", {name.removeprefix("addr_"): ratio for name, ratio in ratios.items()}, notes)
+    what = f"Mean distance of tiles more than {limits[1]:g} um apart over that of tiles within {limits[0]:g} um."
+    shown = [{"key": f"addr/{name}", "title": TITLES[f"addr_{name}"], "chance": 1.0} for name in ("global", "local")]
+    found.tasks.append({"name": "addr", "title": "Far over near (ADDR)", "what": what, "metrics": shown})
+
+
+def _differences(
+    results: Mapping[str, Sequence[Result]],
+    metric: str,
+    prefix: str,
+    asked: Asked,
+    found: Found,
+    function: Callable | None = None,
+) -> None:
     names = list(results)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]] if asked.pairs is None else asked.pairs
     pairs = [pair for pair in pairs if set(pair) <= set(names)]
     if not pairs:
         return
     try:
-        compared = compare(results, metric, pairs, **asked.drawn())
+        compared = compare(results, function or metric, pairs, **asked.drawn())
     except ValueError as error:  # one case, or a class that is missing: there is no interval to be had
         found.notes[f"no differences of {prefix}/{metric}: {error}"] = None
         return

@@ -52,8 +52,10 @@ class Job:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def plan(cases: int, seed: int, **common) -> list[Job]:
-    """Which slides there will be. Labels are balanced over cases and drawn apart from everything that is seen."""
+def plan(cases: int, seed: int, *, paired: int | None = None, partners: tuple[str, ...] = (), **common) -> list[Job]:
+    """Which slides there will be. Labels are balanced over cases and drawn apart from everything that is seen; cases
+    past the first `paired` have no partners.
+    """
     rng = np.random.default_rng([seed, 99])
     order = rng.permutation(cases)
     jobs = []
@@ -63,7 +65,8 @@ def plan(cases: int, seed: int, **common) -> list[Job]:
             subtype, with_lesion = int(order[case] % 2), bool(order[case] // 2 % 2)
             lesion = with_lesion and (slide == 0 or bool(np.random.default_rng([seed, case, slide, 97]).integers(2)))
             case_id = f"case{case:04d}"
-            jobs.append(Job(seed, case, slide, f"{case_id}-{slide + 1}", case_id, subtype, lesion, **common))
+            rest = common | {"partners": partners if paired is None or case < paired else ()}
+            jobs.append(Job(seed, case, slide, f"{case_id}-{slide + 1}", case_id, subtype, lesion, **rest))
     return jobs
 
 
@@ -216,9 +219,11 @@ def write_cohort(
     workers: int = 1,
     he_format: str = "svs",
     tissue: str = "mixed",
+    paired: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Draw cases of 1-3 slides of `size` x `size` pixels and write them with their truth; -> the cohort's slides.csv.
+    Of `paired` (None: all) cases, the first ones, there are partners; of the others the H&E alone.
 
     The same seed gives the same files for any number of workers. A slide that is there and was drawn with the same
     parameters is kept, so a killed run continues.
@@ -230,7 +235,8 @@ def write_cohort(
     for folder in ("he", "truth", *PARTNERS):
         for stale in (out / folder).glob("*.part"):
             stale.unlink()
-    jobs = plan(cases, seed, size=size, mpp=mpp, tissue=tissue, partners=partners, he_format=he_format)
+    common = {"size": size, "mpp": mpp, "tissue": tissue, "partners": partners, "he_format": he_format}
+    jobs = plan(cases, seed, paired=paired, **common)
     files.write_text(out / "regions.json", json.dumps({"mpp": GRID, "names": REGIONS, "cell_types": TYPES}, indent=1))
     rows = _run(out, jobs, workers, progress)
     files.write_text(out / "cases.csv", _table(_cases(rows)))

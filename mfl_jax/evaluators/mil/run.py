@@ -1,6 +1,7 @@
 """From bags and a table to out-of-fold predictions of every head on every set of features, and what they are worth."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -250,3 +251,12 @@ def spread(arm: Arm, metric: str) -> tuple[float, float, float]:
     """Least, mean and greatest over folds; nan where no fold has a value."""
     values = [f[metric] for f in arm.folds.values() if metric in f]
     return (min(values), float(np.mean(values)), max(values)) if values else (math.nan,) * 3
+
+
+def top_mean(scores: np.ndarray, offsets: np.ndarray, top: int) -> np.ndarray:
+    """[S] the mean of each bag's `top` greatest tile scores, what a tile classifier says of a slide; of all of them
+    where there are fewer, and the least score there is for a bag without tiles."""
+    if top < 1:
+        raise ValueError(f"top is {top}; it is 1 or more")
+    bags = [np.sort(scores[a:b])[::-1][:top] for a, b in itertools.pairwise(offsets)]
+    return np.array([bag.mean() if len(bag) else scores.min() for bag in bags])
