@@ -68,7 +68,7 @@ def study(
     seeds: int = 3,
     lrs: Sequence[float] = (1e-3,),
     decays: Sequence[float] = (0.0,),
-    pretrained: Sequence[str] = (),
+    pretrained: Sequence[str] | Mapping[str, Sequence[str]] = (),
     resamples: int = 2000,
     seed: int = 0,
     say: Say | None = None,
@@ -76,7 +76,8 @@ def study(
     """Every head of `heads` on every set of `bags` {name: bags}, in the same folds (default: nested, five of five).
 
     Of the settings lrs x decays, each fold takes those of the least loss on its inner folds' val; its test slides are
-    predicted by all those fits together. `pretrained` are the cases that the encoder has seen, which marks the result.
+    predicted by all those fits together. `pretrained` are the cases that the encoder has seen, or those of each set of
+    features by its name, which marks the result.
     """
     settings = settings or Settings()
     _check(bags, heads, seeds, lrs, decays, table.survival)
@@ -85,9 +86,10 @@ def study(
     target = target_of(table)
     planned = plan(chosen, seeds, lrs, decays, seed)
     options = {"resamples": resamples, "seed": seed}
-    mode = "transductive" if set(pretrained) & set(table.cases) else "inductive"
+    seen_by = pretrained if isinstance(pretrained, Mapping) else dict.fromkeys(bags, pretrained)
     arms = []
     for name, given in bags.items():
+        mode = "transductive" if set(seen_by.get(name, ())) & set(table.cases) else "inductive"
         ours = with_cases(given, table)
         packed = pack(ours.features, ours.offsets)
         for head in heads:
