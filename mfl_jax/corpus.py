@@ -5,9 +5,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from input_pipeline.tileset import TileSet
+    from mfl_jax.data import Facts
+    from mfl_jax.evaluators.embed import Embedded
 
 NAMES = ("tile", "slide", "case", "x", "y", "mpp", "side")
 Pictures = Callable[[Sequence[int]], list[np.ndarray | None]]
@@ -47,33 +52,42 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
     from input_pipeline.tileset import TileSet
     from mfl_jax import sharding
     from mfl_jax.arms import partners_of_embed
-    from mfl_jax.evaluators.embed import embed_set
+    from mfl_jax.evaluators.embed import embed_set, whole_batch
     from mfl_jax.trained import open_run, read_run
 
     tiles, (_, facts) = TileSet.open(tileset), read_run(Path(run))
-    if facts.size != tiles.spec.size or not math.isclose(facts.mpp, tiles.spec.mpp, rel_tol=0.02):
-        raise ValueError(
-            f"{run} was trained on tiles of {facts.size} px at {facts.mpp:g} um/px; {tileset} has {tiles.spec.size} px "
-            f"at {tiles.spec.mpp:g} um/px"
-        )
+    check_tiles(run, facts, tileset, tiles)
     mesh = sharding.make_mesh()
-    trained, across = open_run(run, mesh), mesh.shape[sharding.DATA]
-    options: dict[str, Any] = {"batch": -(-batch // across) * across, "split": split}
+    trained = open_run(run, mesh)
+    options: dict[str, Any] = {"batch": whole_batch(batch, mesh), "split": split}
     options["partners"] = partners_of_embed(trained)
     found = embed_set(trained.method.embed, trained.params, trained.extra, tiles, mesh, **options)
     feature = feature or ("descriptor" if "descriptor" in found.features else "he")
     if feature not in found.features:
         raise ValueError(f"{run} gives no features {feature!r}; it gives {', '.join(sorted(found.features))}")
-    columns = dict(found.columns)
-    columns |= {name: np.full(len(found), np.nan) for name in ("x", "y", "mpp") if name not in columns}
-    columns["tile"] = found.ids
-    columns["side"] = tiles.spec.size * tiles.spec.mpp / np.asarray(columns["mpp"], np.float64)
 
     def pictures(rows: Sequence[int]) -> list[np.ndarray | None]:
         return [tiles.decode(example)["he"] for example in tiles.read(found.ids[np.asarray(rows, np.int64)])]
 
     names = {"label": tuple(tiles.spec.label_names)} if tiles.spec.label_names else {}
-    return Corpus(found.features[feature], columns, pictures, names)
+    return Corpus(found.features[feature], columns_of(found, tiles), pictures, names)
+
+
+def check_tiles(run: Path, facts: "Facts", tileset: Path, tiles: "TileSet") -> None:
+    if facts.size != tiles.spec.size or not math.isclose(facts.mpp, tiles.spec.mpp, rel_tol=0.02):
+        raise ValueError(
+            f"{run} was trained on tiles of {facts.size} px at {facts.mpp:g} um/px; {tileset} has {tiles.spec.size} px "
+            f"at {tiles.spec.mpp:g} um/px"
+        )
+
+
+def columns_of(found: "Embedded", tiles: "TileSet") -> dict[str, np.ndarray]:
+    """NAMES, and whatever else the tile set knows."""
+    columns = dict(found.columns)
+    columns |= {name: np.full(len(found), np.nan) for name in ("x", "y", "mpp") if name not in columns}
+    columns["tile"] = found.ids
+    columns["side"] = tiles.spec.size * tiles.spec.mpp / np.asarray(columns["mpp"], np.float64)
+    return columns
 
 
 def of_folder(folder: Path, slides: Path | None = None) -> Corpus:

@@ -51,7 +51,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(
-        Size("phantom", 64, 640, 12, "total.steps=2,data.batch=16"),
+        Size("tiny", 64, 640, 12),
         paired=4, seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
     ),
     "small": Scale(
