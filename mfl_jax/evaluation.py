@@ -261,7 +261,9 @@ def _distance_ratio(arms: Sequence[ArmRuns], asked: Asked, limits: tuple[float, 
         ratios, notes = retrieval.distance_ratio(features, columns, **options, resamples=asked.resamples)
         for number, one in enumerate(features):
             alone, _ = retrieval.distance_ratio(one, columns, **options, resamples=0)
-            found.seeds[arm.name][number] |= {f"addr/{m}": _finite(i.value) for m, i in alone.items()}
+            found.seeds[arm.name][number] |= {
+                f"addr/{m.removeprefix('addr_')}": _finite(i.value) for m, i in alone.items()
+            }
         _add(found, arm, "addr", {name.removeprefix("addr_"): ratio for name, ratio in ratios.items()}, notes)
     what = f"Mean distance of tiles more than {limits[1]:g} um apart over that of tiles within {limits[0]:g} um."
     shown = [{"key": f"addr/{name}", "title": TITLES[f"addr_{name}"], "chance": 1.0} for name in ("global", "local")]
