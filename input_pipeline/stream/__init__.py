@@ -334,6 +334,8 @@ def select(tileset: TileSet, split: str | None, by: str | None = None) -> tuple[
 def _by_class(ids: np.ndarray, column: np.ndarray) -> tuple[order.Selection, np.ndarray]:
     """As `select`; the tiles of a class do not lie together, so that there are as many ranges as tiles."""
     codes = column[ids]
+    if codes.dtype.kind == "f" and not (np.isfinite(codes).all() and (codes % 1 == 0).all()):
+        raise StreamError("balance names a column of classes, which are whole numbers: this one holds others")
     arranged = np.argsort(codes, kind="stable")
     first = np.flatnonzero(np.diff(codes[arranged], prepend=codes.min() - 1))
     ids = ids[arranged]
@@ -341,8 +343,8 @@ def _by_class(ids: np.ndarray, column: np.ndarray) -> tuple[order.Selection, np.
 
 
 def _classes(tileset: TileSet) -> list[str]:
-    """Columns whose values may be groups."""
-    columns = [name for name, values in tileset.tiles.items() if values.dtype.kind in "iub"]
+    """Columns whose values may be groups; columns that the user gave are floats, whatever they hold."""
+    columns = [name for name, values in tileset.tiles.items() if values.dtype.kind in "iubf"]
     return [*OF_SLIDES, *(name for name in columns if name not in (*OF_SLIDES, "x", "y"))]
 
 

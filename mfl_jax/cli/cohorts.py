@@ -22,6 +22,7 @@ def _add_phantom(commands) -> None:
     command.add_argument("--size", type=int, default=4096, help="side of a slide in px")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--partners", default="if,ihc,nuclei,counts", help="comma-separated")
+    command.add_argument("--prefix", default="case", help="of the names of cases: another for another cohort")
     command.add_argument("--paired", type=int, help="cases that have partners, the first ones (default: all)")
     command.add_argument("--he-format", choices=("svs", "ome"), default="svs")
     add_work(command)
@@ -40,6 +41,7 @@ def phantom(options: argparse.Namespace) -> int:
         seed=options.seed,
         partners=partners,
         paired=options.paired,
+        prefix=options.prefix,
         workers=available_cores() if options.workers is None else options.workers,
         he_format=options.he_format,
         progress=not options.quiet,
