@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mfl_jax import config as configs
 from mfl_jax import data, metrics, trained
 from mfl_jax.data import Facts
-from mfl_jax.evaluators.embed import colour_statistics, embed_set
+from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, held_tiles
 from mfl_jax.evaluators.tasks import Task, check_overlap
 from mfl_jax.findings import ArmRuns, Seed
 from mfl_jax.train import FREE, FREE_DATA
@@ -108,25 +108,28 @@ def collect(
     feature: str = "he",
     baselines: Sequence[str] = (),
     tasks: Sequence[Task] = (),
+    split: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Collected:
-    """Every run embedded once, on all tiles of the set. `baselines`: 'random', the first arm's encoder before it has
-    learnt anything; 'colour', statistics of the colours of a tile. A run that was trained on a task's own target is
-    scored on it by its own predictions.
+    """Every run embedded once, on all tiles of the set, or of a split. `baselines`: 'random', the first arm's encoder
+    before it has learnt anything; 'colour', statistics of the colours of a tile. A run that was trained on a task's own
+    target is scored on it by its own predictions.
     """
     arms: list[ArmRuns] = []
     columns: dict[str, np.ndarray] = {}
     digests: dict[str, str] = {}
     notes: list[str] = []
     untaught: list[Seed] = []
-    embed = functools.partial(embed_set, tileset=tileset, mesh=mesh, batch=batch)
+    held = held_tiles(tileset, mesh, batch=batch, split=split)
+    embed = functools.partial(_embed, tileset=tileset, mesh=mesh, batch=batch, split=split, held=held)
+    count = len(tileset.ids(split))
     for name, members in group(runs).items():
         seeds: list[Seed] = []
         first = trained.open_run(members[0].path, mesh)
         seen = partners_of_embed(first, feature)
         of_arm = functools.partial(embed, first.method.embed, partners=seen)  # one function: seeds share its program
         for asked in members:
-            say(f"embedding {len(tileset):,} tiles: {asked.path}")
+            say(f"embedding {count:,} tiles: {asked.path}")
             run = first if asked is members[0] else trained.open_run(asked.path, mesh)
             digests[str(asked.path)] = run.digest
             notes += _unfinished(run)
@@ -143,6 +146,12 @@ def collect(
         colours = Seed(0, embed(colour_statistics, {}, {}).features["he"])
         arms.append(ArmRuns("colour", "Colour statistics", "baseline", (colours,), "mean, spread and percentiles"))
     return Collected(tuple(arms), columns, digests, tuple(notes))
+
+
+def _embed(
+    embed: Any, params: Any, extra: Any, *, held: Any, partners: tuple[str, ...] = (), **options: Any
+) -> Embedded:
+    return embed_set(embed, params, extra, partners=partners, held=None if partners else held, **options)
 
 
 def partners_of_embed(run: trained.Trained, feature: str = "he") -> tuple[str, ...]:

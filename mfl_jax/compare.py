@@ -13,7 +13,7 @@ import numpy as np
 import mfl_jax
 from mfl_jax import arms, evaluation, looks, sharding
 from mfl_jax import config as configs
-from mfl_jax.evaluators import decode, projection
+from mfl_jax.evaluators import decode, projection, retrieval
 from mfl_jax.evaluators.tasks import Task
 from mfl_jax.findings import ArmRuns
 from mfl_jax.report import tables
@@ -36,14 +36,18 @@ def evaluate(
     truth: str = "",
     feature: str = "he",
     batch: int = 256,
+    limits: tuple[float, float] = (0.0, 0.0),
     transductive: bool = False,
     resamples: int = 2000,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], looks.Pictures]:
     """results.json of the runs, and its pictures. `decoded` are the partners of the kind 'decode': all of the set where
-    none is named; `truth` is what the maps of the kind 'saliency' are scored against, see looks.truth_of.
+    none is named; `truth` is what the maps of the kind 'saliency' are scored against, see looks.truth_of; `limits` the
+    near and far um of the kind 'distance_ratio'.
     """
-    tasks = [task] if set(kinds) - {"decode", "batch_effect"} else []
+    tasks = [task] if set(kinds) - set(evaluation.WITHOUT_TASK) else []
+    if "distance_ratio" in kinds:
+        retrieval.check_limits(*limits)
     decoded = tuple(decoded) or tuple(partner.name for partner in tileset.spec.partners)
     evaluation.check(kinds, tasks, tileset, decoded)
     shown = looks.truth_of(tileset, truth)
@@ -59,7 +63,14 @@ def evaluate(
     if "decode" in kinds:
         say("reading the partners that are to be decoded")
         targets = decode.summaries(tileset, decoded)
-    options = {"kinds": kinds, "targets": targets, "transductive": transductive, "resamples": resamples, "say": say}
+    options = {
+        "kinds": kinds,
+        "targets": targets,
+        "limits": limits,
+        "transductive": transductive,
+        "resamples": resamples,
+        "say": say,
+    }
     results = evaluation.assemble(found.arms, found.columns, tileset.splits, tasks, **options)
     results["reliability"] = [*found.notes, *results["reliability"]]
     sections, pictures = dict[str, Any](), dict[str, np.ndarray]()

@@ -36,6 +36,7 @@ class Encoder:
     exact: bool  # False: tiles of another size are resized to what the network takes
     mpp: float | None  # um per px of a tile; None where the weights do not say
     digest: str  # SHA-256: another one gives other features
+    cases: tuple[str, ...] | None = None  # that it was trained on; None where nothing says
 
     def check_tiles(self, size: int, mpp: float, *, asked: float | None = None) -> None:
         """Tiles of another size or scale than the encoder was trained on are refused, unless `asked` is that scale."""
@@ -68,7 +69,7 @@ def of_trained(run: Trained) -> Encoder:
     deciding = ("method", run.config.method, "encoder", "views", "dtype")
     said = ConfigDict({name: run.config[name] for name in deciding if name in run.config} | {"digest": run.digest})
     digest = hashlib.sha256(to_json(said).encode()).hexdigest()
-    return Encoder(run.name, apply, params, dim, size, True, run.facts.mpp, digest)
+    return Encoder(run.name, apply, params, dim, size, True, run.facts.mpp, digest, run.facts.train_cases)
 
 
 def of_weights(folder: str | Path, mesh: Mesh | None = None) -> Encoder:
@@ -87,7 +88,9 @@ def of_weights(folder: str | Path, mesh: Mesh | None = None) -> Encoder:
     whole = NamedSharding(sharding.make_mesh() if mesh is None else mesh, PartitionSpec())
     params = jax.device_put((found.params, found.stats), whole)
     name = (found.config.get("mfl") or {}).get("run") or found.config["architecture"]
-    return Encoder(str(name), apply, params, _width(apply, params, size), size, exact, mpp, found.digest)
+    cases = (found.config.get("mfl") or {}).get("train_cases")
+    cases = None if cases is None else tuple(map(str, cases))
+    return Encoder(str(name), apply, params, _width(apply, params, size), size, exact, mpp, found.digest, cases)
 
 
 def _input(config: dict[str, Any]) -> tuple[Callable[[jax.Array], jax.Array], int, bool, float | None, Any]:
@@ -136,7 +139,7 @@ def export(workdir: str | Path, out: str | Path) -> dict[str, Any]:
     statistics = next((c.args for c in view.calls if c.name == "normalise"), {"mean": (0.0,), "std": (1.0,)})
     mean, std = (np.broadcast_to(statistics[name], (3,)) for name in ("mean", "std"))
     ours = {"view": str(view), "size": run.facts.size, "mpp": run.facts.mpp, "dtype": run.config.dtype}
-    ours |= {"run": run.name, "step": run.step, "checkpoint": run.digest}
+    ours |= {"run": run.name, "step": run.step, "checkpoint": run.digest, "train_cases": list(run.facts.train_cases)}
     side = view.size or run.facts.size
     with only_one(out):
         on_host = jax.device_get((params, stats))

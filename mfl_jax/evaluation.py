@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mfl_jax import findings, statistics
-from mfl_jax.evaluators import batch_effect, decode, few_label, knn, paper_head, probe
+from mfl_jax import distances, findings, statistics
+from mfl_jax.evaluators import decode, few_label, knn, paper_head, probe
 from mfl_jax.evaluators.results import Result, class_metrics, r2, value_metrics
 from mfl_jax.evaluators.tasks import Task, check_overlap, split_rows
 from mfl_jax.findings import TITLES, ArmRuns, Asked, Found, Say
@@ -25,9 +25,10 @@ OF_TASK: dict[str, tuple[str, Callable[..., Result]]] = {
     "knn": ("nearest neighbours", knn.evaluate),
     "paper_head": ("small network on frozen features", paper_head.evaluate),
 }
-KINDS = (*OF_TASK, "few_label", "decode", "batch_effect")
+WITHOUT_TASK = ("decode", "batch_effect", "distance_ratio")
+KINDS = (*OF_TASK, "few_label", "retrieval", *WITHOUT_TASK)
 OF_RUNS = ("saliency",)  # needs more than features: see looks.py
-CLASSES_ONLY = ("knn", "paper_head", "few_label", "saliency")
+CLASSES_ONLY = ("knn", "paper_head", "few_label", "retrieval", "saliency")
 FEW = 0.05  # of the labelled tiles: what arms are compared on, beside all of them
 FEW_CASES = 8  # below it, resamples of cases hardly differ, and an interval says little
 
@@ -54,7 +55,7 @@ def check(kinds: Sequence[str], tasks: Sequence[Task], tileset: "TileSet", decod
         if task.regression and (wrong := [kind for kind in kinds if kind in CLASSES_ONLY]):
             raise ValueError(f"{', '.join(wrong)} take classes, and {task.name!r} is a regression: give a threshold")
         split_rows(columns, tileset.splits, task.read(columns)[1])
-    if not tasks and (wrong := [kind for kind in kinds if kind not in ("decode", "batch_effect")]):
+    if not tasks and (wrong := [kind for kind in kinds if kind not in WITHOUT_TASK]):
         raise ValueError(f"{', '.join(wrong)} need a target, a column of the tile set")
     check_overlap(tileset.splits)
     if "decode" in kinds:
@@ -71,6 +72,7 @@ def assemble(
     pairs: Sequence[tuple[str, str]] | None = None,
     few_pairs: Sequence[tuple[str, str]] | None = None,
     targets: Mapping[str, np.ndarray] | None = None,
+    limits: tuple[float, float] = (0.0, 0.0),
     transductive: bool = False,
     resamples: int = 2000,
     seed: int = 0,
@@ -81,6 +83,7 @@ def assemble(
     pairs      arms whose differences are wanted; all pairs where it is None
     few_pairs  the same on FEW of the labels, where an arm that was trained on as few stands beside probes
     targets    summaries of the partners (evaluators.decode.summaries), for the kind 'decode'
+    limits     um below which a pair of tiles is near and above which it is far, for the kind 'distance_ratio'
 
     The key of a metric is 'task/auc' for the probe and 'task/kind/auc' for the others. LeakError where an arm was
     trained on cases of the validation or test split, unless `transductive`, which marks its title.
@@ -102,12 +105,16 @@ def assemble(
         if kind == "decode":
             _decode(able, asked, targets or {}, found)
         elif kind == "batch_effect":
-            _batch_effect(able, asked, found)
+            distances.of_slides(able, asked, found)
+        elif kind == "distance_ratio":
+            distances.ratios(able, asked, limits, found)
         for task in tasks:
             if kind in OF_TASK:
                 _of_task(kind, task, able, asked, found)
             elif kind == "few_label":
                 _at_few(task, arms, _few_label(task, able, asked, found), asked, found)
+            elif kind == "retrieval":
+                distances.retrieved(task, able, asked, found)
     return _document(arms, asked, found)
 
 
@@ -218,30 +225,6 @@ def _decode(arms: Sequence[ArmRuns], asked: Asked, targets: Mapping[str, np.ndar
         rows = [{"key": f"decode/{n}", "title": n.removeprefix(f"{partner}/"), "chance": 0.0} for n in of]
         title = f"{partner}, decoded from the features by ridge regression (R\u00b2)"
         found.tasks.append({"name": f"decode/{partner}", "title": title, "metrics": rows})
-
-
-def _batch_effect(arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
-    """Of several seeds the mean, without an interval: its scores are of different neighbours."""
-    titles = {"nearest": "Slide of the nearest tile", "linear": "Linear probe", "silhouette": "Silhouette"}
-    chances: dict[str, float] = {}
-    for arm in arms:
-        asked.say(f"batch effect: {arm.title}")
-        each = [batch_effect.measure(run.features, asked.columns, **asked.drawn()) for run in arm.seeds]
-        for number, one in enumerate(each):
-            findings.note(found, arm, "batch_effect", one.notes)
-            values = {f"batch_effect/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
-            found.seeds[arm.name][number] |= values
-            chances |= one.chance
-        for name, interval in each[0].metrics.items():
-            mean = findings.finite(float(np.mean([one.metrics[name].value for one in each])))
-            shown = findings.document_of(interval) if len(each) == 1 else {"mean": mean}
-            found.metrics[arm.name][f"batch_effect/{name}"] = shown
-    rows = []
-    for name, title in titles.items():
-        row = {"key": f"batch_effect/{name}", "title": title, "better": "lower"}
-        rows.append(row | ({"chance": chances[name]} if name in chances else {}))
-    what = "How well do the features name the slide? What names it (stain, scanner) may stand in for what is asked."
-    found.tasks.append({"name": "batch_effect", "title": "Batch effect", "what": what, "metrics": rows})
 
 
 def _document(arms: Sequence[ArmRuns], asked: Asked, found: Found) -> dict[str, Any]:

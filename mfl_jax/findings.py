@@ -22,6 +22,13 @@ TITLES = {
     "r2": "R\u00b2",
     "spearman": "Rank correlation",
     "mae": "Absolute error",
+    "map": "Mean average precision",
+    "recall_1": "Recall@1",
+    "recall_5": "Recall@5",
+    "recall_10": "Recall@10",
+    "ndcg": "nDCG",
+    "addr_global": "Far/near, all pairs",
+    "addr_local": "Far/near, slide by slide",
 }
 LOWER = ("ece", "mae")
 Say = Callable[[str], None]
@@ -104,14 +111,16 @@ def differences(
     wanted: Sequence[tuple[str, str]] | None,
     asked: Asked,
     found: Found,
+    function: Callable | None = None,
 ) -> None:
+    """`function` computes the metric where its name alone does not say how."""
     names = list(results)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]] if wanted is None else wanted
     pairs = [pair for pair in pairs if set(pair) <= set(names)]
     if not pairs:
         return
     try:
-        compared = compare(results, metric, pairs, **asked.drawn())
+        compared = compare(results, function or metric, pairs, **asked.drawn())
     except ValueError as error:  # one case, or a class that is missing: there is no interval to be had
         found.notes[f"no differences of {prefix}/{metric}: {error}"] = None
         return

@@ -128,7 +128,11 @@ def _add_eval(commands) -> None:
     command = add_command(commands, "eval", evaluate, "what the features of trained runs are worth, with intervals")
     command.add_argument("runs", type=Path, nargs="+", help="workdirs of mfl train; seeds of one config are one arm")
     command.add_argument("--tileset", type=Path, required=True)
-    command.add_argument("--task", default="probe", help="probe,knn,few_label,paper_head,decode,batch_effect,saliency")
+    command.add_argument(
+        "--task",
+        default="probe",
+        help="probe,knn,few_label,paper_head,retrieval,decode,batch_effect,distance_ratio,saliency",
+    )
     command.add_argument("--target", default="label", help="a column of the tile set (default: label)")
     command.add_argument("--threshold", type=float, help="two classes: above it, and not")
     command.add_argument("--regression", action="store_true", help="the target is a number")
@@ -138,6 +142,8 @@ def _add_eval(commands) -> None:
         default="",
         help="for saliency: if:MARKER, nuclei, none (default: a channel called a marker, or a map)",
     )
+    command.add_argument("--near-um", type=float, default=0.0, help="of distance_ratio: nearer pairs of tiles are near")
+    command.add_argument("--far-um", type=float, default=0.0, help="of distance_ratio: farther pairs are far")
     command.add_argument("--baselines", default="", help="random,colour")
     command.add_argument("--feature", default="he", help="of what the method embeds")
     command.add_argument("--batch", type=int, default=256)
@@ -161,6 +167,7 @@ def evaluate(options: argparse.Namespace) -> int:
         baselines=_names(options.baselines),
         decoded=_names(options.decoded),
         truth=options.truth,
+        limits=(options.near_um, options.far_um),
         feature=options.feature,
         batch=options.batch,
         transductive=options.transductive,

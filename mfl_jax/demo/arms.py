@@ -1,7 +1,7 @@
 """What the demo compares: one config an arm, the same encoder, views of the H&E, batch and number of steps for all."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,14 +79,15 @@ def train_all(
     side_by_side: int,
     environment: Mapping[str, str],
     tell: Callable[[str], None],
+    arms: Sequence[Arm] = ARMS,
 ) -> dict[str, list[Path]]:
     """Name of the arm -> the folders of its runs. A run that has ended is kept. TrainingFailed where one fails."""
-    for arm in ARMS:  # what cannot be is said before the first is trained
+    for arm in arms:  # what cannot be is said before the first is trained
         data.facts(loader.Reading(loader.load(spec(arm, size, tileset, 0, more))).data)
-    runs: dict[str, list[Path]] = {arm.name: [] for arm in ARMS}
+    runs: dict[str, list[Path]] = {arm.name: [] for arm in arms}
     jobs = []
     for seed in range(seeds):
-        for arm in ARMS:
+        for arm in arms:
             name = f"{arm.name}-{seed}"
             jobs.append(sweep.Job(name, spec(arm, size, tileset, seed, more), out / "runs" / name))
             runs[arm.name].append(jobs[-1].workdir)

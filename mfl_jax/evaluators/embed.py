@@ -15,6 +15,7 @@ from mfl_jax import sharding
 if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
 
+HELD_BYTES = 2 << 30
 Embed = Callable[[Any, Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
 
@@ -72,6 +73,19 @@ def colour_statistics(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -
     return {"he": jnp.concatenate(parts, 1)}
 
 
+def held_tiles(
+    tileset: "TileSet", mesh: Mesh, *, batch: int, split: str | None = None, most: int = HELD_BYTES
+) -> list[dict[str, np.ndarray]] | None:
+    """The H&E of a split, read and decoded once for the many encoders that are to see it; None where it takes more
+    bytes than `most`, or is read by several hosts."""
+    from input_pipeline.stream import eval_stream
+
+    if len(tileset.ids(split)) * tileset.spec.size**2 * 3 > most or jax.process_count() > 1:
+        return None
+    with eval_stream(tileset, batch=sharding.rows_for(batch, mesh), split=split, partners=()) as batches:
+        return list(batches)
+
+
 def embed_set(
     embed: Embed,
     params: Any,
@@ -83,19 +97,24 @@ def embed_set(
     split: str | None = None,
     partners: tuple[str, ...] = (),
     stall_timeout: float | None = 300,
+    held: Iterable[Mapping[str, np.ndarray]] | None = None,
 ) -> Embedded:
     """Every tile of a split, with all columns of the tile set; slide and case as names.
 
     `batch` is rounded up to the devices. `partners` are decoded and given to embed; leave them out unless the method
-    needs them (an upper bound that sees the partner at inference).
+    needs them (an upper bound that sees the partner at inference). `held` are the batches of `held_tiles`, which are
+    not read again.
     """
     from input_pipeline.stream import eval_stream
 
-    host = (jax.process_index(), jax.process_count())
-    rows = sharding.rows_for(batch, mesh)
-    options: dict[str, Any] = {"batch": rows, "split": split, "partners": partners, "host": host}
-    with eval_stream(tileset, stall_timeout=stall_timeout, **options) as batches:
-        found = embed_pass(embed, params, extra, batches, mesh)
+    if held is not None:
+        found = embed_pass(embed, params, extra, held, mesh)
+    else:
+        host = (jax.process_index(), jax.process_count())
+        rows = sharding.rows_for(batch, mesh)
+        options: dict[str, Any] = {"batch": rows, "split": split, "partners": partners, "host": host}
+        with eval_stream(tileset, stall_timeout=stall_timeout, **options) as batches:
+            found = embed_pass(embed, params, extra, batches, mesh)
     expected = tileset.ids(split)
     if not np.array_equal(found.ids, expected):
         raise ValueError(f"{len(found)} of {len(expected)} tiles were embedded; verify the tile set")

@@ -8,7 +8,7 @@ import pytest
 
 from mfl_jax import evaluation, report
 from mfl_jax.evaluation import assemble
-from mfl_jax.evaluators import LeakError, Task, few_label, probe
+from mfl_jax.evaluators import LeakError, Task, few_label, probe, retrieval
 from mfl_jax.findings import ArmRuns, Seed
 from tests.mfl_jax.evaluators.cohort import cohort
 
@@ -198,3 +198,30 @@ def test_few_test_cases_are_said(made):
 def test_arms_of_one_name_are_refused(made):
     with pytest.raises(ValueError, match="different names"):
         assemble(arms(made)[:1] * 2, made["columns"], made["splits"], [TASK], **OPTIONS)
+
+
+def test_retrieval_and_distances_are_those_of_their_evaluators(made):
+    given = arms(made)
+    n = len(made["columns"]["case"])
+    columns = made["columns"] | {"x": np.arange(n) % 12 * 100.0, "y": np.zeros(n), "mpp": np.ones(n)}
+    kinds, limits = ("retrieval", "distance_ratio"), (150.0, 400.0)
+    found = assemble(given, columns, made["splits"], [TASK], kinds=kinds, limits=limits, **OPTIONS)
+    report.validate(whole(found))
+    test = np.isin(columns["case"], made["splits"]["test"])
+    of_test = {name: values[test] for name, values in columns.items()}
+    for arm, row in zip(given, found["arms"], strict=True):
+        each = [retrieval.evaluate(s.features, columns, made["splits"], TASK, resamples=0) for s in arm.seeds]
+        expected = np.mean([r.each["map"].mean() for r in each])
+        assert row["metrics"]["label/retrieval/map"]["mean"] == pytest.approx(expected, abs=1e-12)
+        ratios = [
+            retrieval.distance_ratio(s.features[test], of_test, near_um=150, far_um=400, resamples=0)[0]
+            for s in arm.seeds
+        ]
+        expected = np.mean([r["addr_local"].value for r in ratios])
+        assert row["metrics"]["addr/local"]["mean"] == pytest.approx(expected, abs=1e-12)
+        assert row["seeds"][0]["metrics"]["addr/global"] == pytest.approx(ratios[0]["addr_global"].value)
+    (d,) = found["differences"]
+    means = [row["metrics"]["label/retrieval/map"]["mean"] for row in found["arms"]]
+    assert (d["metric"], d["difference"]) == ("label/retrieval/map", pytest.approx(means[0] - means[1]))
+    keys = {m["key"] for task in found["tasks"] for m in task["metrics"]}
+    assert {"label/retrieval/recall_1", "label/retrieval/positive_map", "addr/local"} <= keys
