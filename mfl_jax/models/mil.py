@@ -296,9 +296,10 @@ def build_transformer(spec: str, *, width: int = 512, heads: int = 8, blocks: in
 
 
 def build_hipt(spec: str, *, width: int = 192, heads: int = 3, blocks: int = 2, dropout: float = 0.25) -> MILHead:
-    """HIPT's aggregator of regions: D -> width, ReLU; `blocks` of norm(x + attention), norm(x + MLP as wide as x); gated
-    attention; width -> width, ReLU; linear. The original sees one bag a step (`mfl mil --batch 1 --lr 2e-4 --decay 1e-5
-    --epochs 20`) and drops weights of attention too; here decay is decoupled and what attention gives is dropped."""
+    """HIPT's aggregator of regions: D -> width, ReLU; `blocks` of norm(x + attention), norm(x + MLP of that width);
+    gated attention; width -> width, ReLU; linear. The original sees one bag a step (`mfl mil --batch 1 --lr 2e-4
+    --decay 1e-5 --epochs 20`) and drops weights of attention too; here decay is decoupled, and what attention gives is
+    dropped."""
     if width % heads:
         raise ValueError(f"{spec!r}: width {width} cannot be shared by {heads} heads")
 
