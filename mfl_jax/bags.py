@@ -209,7 +209,7 @@ def read_bag(path: str | os.PathLike, *, mpp: float | None = None) -> tuple[np.n
     if not side > 0:  # TRIDENT's older files, which have no patch_size_level0
         at_target, level0, target = (_scalar(notes.get(name)) for name in TRIDENT)
         side = at_target * level0 / target if target > 0 else math.nan
-    return features, coords, side if side > 0 else _spacing(coords)
+    return features, coords, side if side > 0 else spacing(coords)
 
 
 def _dataset(path: Path, file: Any, name: str) -> np.ndarray:
@@ -245,7 +245,7 @@ def _scalar(value: Any) -> float:
         return math.nan
 
 
-def _spacing(coords: np.ndarray) -> float:
+def spacing(coords: np.ndarray) -> float:
     """CLAM's files do not say how large a tile is: the commonest step along a row or column, of equals the least. Each
     piece of tissue has a grid of its own, so that steps between any two columns say nothing."""
     steps = []

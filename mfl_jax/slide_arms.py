@@ -1,6 +1,5 @@
-"""What `mfl slides` is given as arms: folders of feature files, and runs with the tile set that they embed."""
+"""What `mfl slides` is given as arms: folders of feature files, runs with the tile set that they embed, tile sets."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from input_pipeline.files import read_json
 from mfl_jax import bags as files
-from mfl_jax import trained
+from mfl_jax import sharding, trained
 from mfl_jax.bags import Bags, Table
+from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set
 from mfl_jax.evaluators.slide_study import SlideArm
 
 
@@ -24,7 +25,8 @@ class Asked:
 
 
 def parse(texts: Sequence[str], tileset: Path | None = None) -> list[Asked]:
-    """'name=folder', 'name=run' (of `tileset`) or 'name=run@tileset'; without a name the last part of the path."""
+    """'name=folder', 'name=tileset', 'name=run' (of `tileset`) or 'name=run@tileset'; without a name, the last part of
+    the path."""
     found = []
     for text in texts:
         name, equals, rest = ("", "", text) if Path(text).is_dir() else text.partition("=")
@@ -47,6 +49,10 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
 
+def is_set(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
 def seen_cases(asked: Sequence[Asked], given: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...] | None]:
     """By arm, the cases that any of its encoders was trained on: a run says so itself, `given` says it of folders (or
     more of runs), and None is what nobody said."""
@@ -54,7 +60,8 @@ def seen_cases(asked: Sequence[Asked], given: Mapping[str, Sequence[str]]) -> di
         raise ValueError(f"no such arms: {', '.join(strange)}; there are {', '.join({one.name: 0 for one in asked})}")
     found: dict[str, tuple[str, ...] | None] = {}
     for one in asked:
-        own = trained.read_run(one.path)[1].train_cases if one.tileset else _noted(one.path)
+        own = () if is_set(one.path) else _noted(one.path)
+        own = trained.read_run(one.path)[1].train_cases if one.tileset else own
         told = tuple(given[one.name]) if one.name in given else None
         before = found.get(one.name, ())
         if (own is None and told is None) or before is None:
@@ -65,18 +72,10 @@ def seen_cases(asked: Sequence[Asked], given: Mapping[str, Sequence[str]]) -> di
 
 
 def _noted(folder: Path) -> tuple[str, ...] | None:
-    """What the feature files say of their encoder's cases: the attribute train_cases, cases joined by newlines."""
-    import h5py
-
-    found: set[str] = set()
-    for path in sorted(files.find_folder(folder).glob("*.h5")):
-        with h5py.File(path, "r") as file:
-            if "train_cases" not in file.attrs:
-                return None
-            told = file.attrs["train_cases"]
-        text = told.decode() if isinstance(told, bytes) else str(told)
-        found |= {case for case in text.split("\n") if case}
-    return tuple(sorted(found))
+    """What `mfl extract` wrote of its encoder beside the features."""
+    beside = files.find_folder(folder) / "encoder.json"
+    told = read_json(beside, "written by mfl extract").get("train_cases") if beside.is_file() else None
+    return None if told is None else tuple(map(str, told))
 
 
 def kept(table: Table, seen: Mapping[str, tuple[str, ...] | None]) -> tuple[Table, tuple[str, ...]]:
@@ -117,6 +116,8 @@ def collect(
         say(f"{one.name}: {one.path}")
         if one.tileset:
             bags, what[one.name], digests[str(one.path)] = _of_run(one, table, feature, batch)
+        elif is_set(one.path):
+            bags, what[one.name] = of_set(one.path, table, batch)
         else:
             bags, what[one.name] = files.read_folder(one.path, table, mpp=mpp), f"features of {one.path.name}"
         found.setdefault(one.name, []).append(bags)
@@ -131,32 +132,33 @@ def collect(
 
 def _of_run(asked: Asked, table: Table, feature: str, batch: int) -> tuple[Bags, str, str]:
     from input_pipeline.tileset import TileSet
-    from mfl_jax import sharding
     from mfl_jax.arms import partners_of_embed
-    from mfl_jax.evaluators.embed import embed_set
 
     assert asked.tileset is not None
     tileset, mesh = TileSet.open(asked.tileset), sharding.make_mesh()
     run = trained.open_run(asked.path, mesh)
-    _check_fit(asked, run, tileset)
-    seen, across = partners_of_embed(run, feature), mesh.shape["data"]
-    rows = -(-min(batch, len(tileset)) // across) * across
-    found = embed_set(run.method.embed, run.params, run.extra, tileset, mesh, batch=rows, partners=seen)
+    trained.check_tiles(asked.path, run.facts, tileset.spec)
+    seen = partners_of_embed(run, feature)
+    found = embed_set(run.method.embed, run.params, run.extra, tileset, mesh, batch=batch, partners=seen)
+    what = f"{run.config.method}, {run.step} steps of {run.config.data.batch}"
+    return bags_of(found, feature, table, asked.tileset), what, run.digest
+
+
+def of_set(path: Path, table: Table, batch: int = 256) -> tuple[Bags, str]:
+    """A tile set without any run: statistics of the colours of its tiles."""
+    from input_pipeline.tileset import TileSet
+
+    found = embed_set(colour_statistics, {}, {}, TileSet.open(path), sharding.make_mesh(), batch=batch)
+    return bags_of(found, "he", table, path), "mean, spread and percentiles of the colours of a tile"
+
+
+def bags_of(found: Embedded, feature: str, table: Table, where: Path) -> Bags:
+    """By slide of the table; a slide that is in it and has nothing in the set is a bag of none."""
     listed = dict(zip(table.slides, table.cases, strict=True))
-    if strange := sorted(set(table.slides) - set(map(str, tileset.slides))):
-        raise ValueError(f"{asked.tileset} lacks {len(strange)} slides of the table: {', '.join(strange[:5])}")
-    slides, cases = (np.asarray(found.columns[name]).astype(str) for name in ("slide", "case"))
-    for slide, case in set(zip(slides.tolist(), cases.tolist(), strict=True)):
+    slides, cases = (np.asarray(found.columns[name]).astype(str).tolist() for name in ("slide", "case"))
+    for slide, case in sorted(set(zip(slides, cases, strict=True))):
         if listed.get(slide, case) != case:
-            raise ValueError(f"slide {slide!r} is of case {case!r} in the tile set, of {listed[slide]!r} in the table")
-    bags = files.from_embedded(found, feature, listed)
-    return bags, f"{run.config.method}, {run.step} steps of {run.config.data.batch}", run.digest
-
-
-def _check_fit(asked: Asked, run: trained.Trained, tileset: Any) -> None:
-    size, mpp = run.facts.size, run.facts.mpp
-    if size != tileset.spec.size or not math.isclose(mpp, tileset.spec.mpp, rel_tol=0.02):
-        raise ValueError(
-            f"{asked.path} was trained on tiles of {size} px at {mpp:g} um/px; {asked.tileset} has "
-            f"{tileset.spec.size} px at {tileset.spec.mpp:g} um/px"
-        )
+            raise ValueError(f"slide {slide!r} is of case {case!r} in {where}, and of {listed[slide]!r} in the table")
+    if not set(slides) & set(listed):
+        raise ValueError(f"{where} has no slide of the table; it has {', '.join(sorted(set(slides))[:5])} ...")
+    return files.from_embedded(found, feature, listed)

@@ -12,8 +12,8 @@ def add(commands) -> None:
     command.add_argument(
         "arms",
         nargs="+",
-        help="NAME=FOLDER of <slide_id>.h5 (ours, CLAM's, TRIDENT's, STAMP's) or NAME=RUN[@TILESET]; one name several "
-        "times: seeds of one arm",
+        help="NAME=FOLDER of <slide_id>.h5 (ours, CLAM's, TRIDENT's, STAMP's), NAME=RUN[@TILESET], or NAME=TILESET for "
+        "statistics of its colours; one name several times: seeds of one arm",
     )
     command.add_argument("--table", type=Path, required=True, help="CSV: slide_id, case_id, label")
     command.add_argument("--tileset", type=Path, help="that runs embed, where an arm names none")

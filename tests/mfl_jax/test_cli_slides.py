@@ -15,8 +15,8 @@ def write(folder, bags, cases=None):
     for i, slide in enumerate(bags.slides):
         with h5py.File(folder / f"{slide}.h5", "w") as file:
             file["features"], file["coords"] = bags.features[bags.rows(i)], bags.coords[bags.rows(i)].astype(int)
-            if cases is not None:
-                file.attrs["train_cases"] = "\n".join(cases)
+    if cases is not None:
+        (folder / "encoder.json").write_text(json.dumps({"encoder": "dino", "train_cases": list(cases)}))
 
 
 @pytest.fixture
