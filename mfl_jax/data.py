@@ -127,12 +127,15 @@ def source(reading: Any, seed: int, override: bool = False) -> Source:
     return start
 
 
-def abstract_batch(facts: Facts, batch: int, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    places = sharding.batch_sharding(mesh)
+def batch_shapes(facts: Facts, rows: int, places: jax.sharding.Sharding | None = None) -> dict[str, Any]:
     return {
-        name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=places)
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=places)
         for name, (shape, dtype) in facts.shapes.items()
     }
+
+
+def abstract_batch(facts: Facts, batch: int, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    return batch_shapes(facts, batch, sharding.batch_sharding(mesh))
 
 
 def checked(stream: Iterator[dict[str, np.ndarray]], facts: Facts, batch: int) -> Iterator[dict[str, np.ndarray]]:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from input_pipeline.tileset import Record, Spec, TileSet, finish, write_slide
-from mfl_jax import arms, cli, compare, methods, report, sharding, train, trained
+from mfl_jax import arms, cli, compare, data, methods, report, sharding, train, trained
 from mfl_jax.evaluators import LeakError, Task
 from tests.mfl_jax import synthetic, toy
 
@@ -206,7 +206,7 @@ def test_the_partners_that_an_upper_bound_needs_are_found():
         made = synthetic.tiny("supervised", words)
         facts = synthetic.facts(made.data)
         method = methods.make(arms.configs.Reading(made), facts, sharding.make_mesh())
-        params, extra = jax.eval_shape(method.init, jax.random.key(0), trained.batch_shapes(facts, 8))
+        params, extra = jax.eval_shape(method.init, jax.random.key(0), data.batch_shapes(facts, 8))
         run = trained.Trained("x", made, facts, method, params, extra, 0, Path(), "")
         assert arms.partners_of_embed(run) == wanted
 
