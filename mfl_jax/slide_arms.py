@@ -11,6 +11,7 @@ from input_pipeline.files import read_json
 from mfl_jax import bags as files
 from mfl_jax import sharding, trained
 from mfl_jax.bags import Bags, Table
+from mfl_jax.config import flatten
 from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set
 from mfl_jax.evaluators.slide_study import SlideArm
 
@@ -54,21 +55,36 @@ def is_set(folder: Path) -> bool:
 
 
 def seen_cases(asked: Sequence[Asked], given: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...] | None]:
-    """By arm, the cases that any of its encoders was trained on: a run says so itself, `given` says it of folders (or
-    more of runs), and None is what nobody said."""
+    """By arm, the cases that any of its encoders was trained on, and None where nobody says. A run and the files of
+    `mfl extract` say so themselves; `given` says it of others, or of more."""
     if strange := sorted(set(given) - {one.name for one in asked}):
         raise ValueError(f"no such arms: {', '.join(strange)}; there are {', '.join({one.name: 0 for one in asked})}")
     found: dict[str, tuple[str, ...] | None] = {}
     for one in asked:
-        own = () if is_set(one.path) else _noted(one.path)
-        own = trained.read_run(one.path)[1].train_cases if one.tileset else own
-        told = tuple(given[one.name]) if one.name in given else None
-        before = found.get(one.name, ())
-        if (own is None and told is None) or before is None:
-            found[one.name] = None
-        else:
-            found[one.name] = tuple(sorted({*before, *(own or ()), *(told or ())}))
+        own = _told(one)
+        told = [(*(own or ()), *given[one.name])] if one.name in given else [own]
+        if one.tileset:
+            told.append(trained.read_run(one.path)[1].train_cases)
+        told.append(found.get(one.name, ()))
+        known = [cases for cases in told if cases is not None]
+        found[one.name] = tuple(sorted({c for cases in known for c in cases})) if len(known) == len(told) else None
     return found
+
+
+def _told(one: Asked) -> tuple[str, ...] | None:
+    """Cases that lie behind what an arm is made of, beside those of its own run."""
+    if one.tileset or is_set(one.path):
+        return _behind(one.tileset or one.path)
+    return _noted(one.path)
+
+
+def _behind(path: Path) -> tuple[str, ...] | None:
+    """Of a set of regions, the cases that the encoder of its tiles was trained on. Images have none behind them."""
+    spec = read_json(path / "manifest.json", "the manifest of a tile set")["spec"]
+    if spec.get("he_kind", "image") == "image":
+        return ()
+    told = spec["params"].get("train_cases")
+    return None if told is None else tuple(map(str, told))
 
 
 def _noted(folder: Path) -> tuple[str, ...] | None:
@@ -112,10 +128,14 @@ def collect(
     found: dict[str, list[Bags]] = {}
     what: dict[str, str] = {}
     digests: dict[str, str] = {}
+    first: dict[str, trained.Trained] = {}
     for one in asked:
         say(f"{one.name}: {one.path}")
         if one.tileset:
-            bags, what[one.name], digests[str(one.path)] = _of_run(one, table, feature, batch)
+            run = trained.open_run(one.path, sharding.make_mesh())
+            like = first.setdefault(one.name, run)
+            bags, digests[str(one.path)] = _of_run(one, run, like, table, feature, batch), run.digest
+            what[one.name] = f"{run.config.method}, {run.step} steps of {run.config.data.batch}"
         elif is_set(one.path):
             bags, what[one.name] = of_set(one.path, table, batch)
         else:
@@ -130,18 +150,19 @@ def collect(
     return arms, digests
 
 
-def _of_run(asked: Asked, table: Table, feature: str, batch: int) -> tuple[Bags, str, str]:
+def _of_run(asked: Asked, run: trained.Trained, like: trained.Trained, table: Table, feature: str, batch: int) -> Bags:
+    """`like` is the first seed of the arm: where they differ in the seed alone, they share its program."""
     from input_pipeline.tileset import TileSet
     from mfl_jax.arms import partners_of_embed
 
     assert asked.tileset is not None
-    tileset, mesh = TileSet.open(asked.tileset), sharding.make_mesh()
-    run = trained.open_run(asked.path, mesh)
+    tileset = TileSet.open(asked.tileset)
     trained.check_tiles(asked.path, run.facts, tileset.spec)
     seen = partners_of_embed(run, feature)
-    found = embed_set(run.method.embed, run.params, run.extra, tileset, mesh, batch=batch, partners=seen)
-    what = f"{run.config.method}, {run.step} steps of {run.config.data.batch}"
-    return bags_of(found, feature, table, asked.tileset), what, run.digest
+    configs = [flatten(one.config) | {"seed": 0} for one in (run, like)]
+    embed = like.method.embed if configs[0] == configs[1] else run.method.embed
+    found = embed_set(embed, run.params, run.extra, tileset, sharding.make_mesh(), batch=batch, partners=seen)
+    return bags_of(found, feature, table, asked.tileset)
 
 
 def of_set(path: Path, table: Table, batch: int = 256) -> tuple[Bags, str]:
