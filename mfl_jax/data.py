@@ -13,7 +13,7 @@ from mfl_jax import sharding
 from mfl_jax.views import Modality
 
 if TYPE_CHECKING:
-    from input_pipeline.tileset import TileSet
+    from input_pipeline.tileset import Spec, TileSet
 
 COLUMNS = ("label", "slide", "case")
 
@@ -22,8 +22,8 @@ COLUMNS = ("label", "slide", "case")
 class Facts:
     """What is the same in every batch of a tile set: enough to build a method and its shapes, with no tile read."""
 
-    size: int
-    mpp: float
+    size: int  # px of a tile; of grids, tiles along a side of a region
+    mpp: float  # um per px, or per tile along a side
     modalities: dict[str, Modality]  # 'he' and the partners that are read
     shapes: dict[str, tuple[tuple[int, ...], str]]  # entry of the batch -> shape without the rows, dtype
     label_names: tuple[str, ...]
@@ -46,21 +46,38 @@ def facts(reading: Any) -> Facts:
         raise ValueError(f"data.partners names {missing}; {reading.tileset} has {sorted(known)}")
     if missing := [name for name in reading.columns if name not in tileset.tiles]:
         raise ValueError(f"data.columns names {missing}; {reading.tileset} has {sorted(tileset.tiles)}")
-    size = tileset.spec.size
-    modalities = {"he": Modality()}
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": ((size, size, 3), "uint8")}
+    spec = tileset.spec
+    modalities = {"he": Modality(spec.he_kind, spec.he_channels)}
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": (spec.he_shape, spec.he_dtype)}
     for name in wanted:
         partner = known[name]
         channels = partner.length if partner.kind == "vector" else partner.channels
         modalities[name] = Modality(partner.kind, channels or 0)
-        shapes[name] = (tileset.spec.shape(partner), partner.dtype)
+        shapes[name] = (spec.shape(partner), partner.dtype)
         shapes[f"{name}_mask"] = ((), "bool")
     for beside in (name for name in ("near", "far") if getattr(reading, f"{name}_um")):
         shapes |= {f"{beside}_he": shapes["he"], f"{beside}_mask": ((), "bool")}
     shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
     shapes |= {name: ((), _narrow(tileset.tiles[name].dtype)) for name in (*COLUMNS, *reading.columns)}
     examples, cases = _examples(reading, tileset), tuple(tileset.splits[reading.split])
-    return Facts(size, tileset.spec.mpp, modalities, shapes, tileset.spec.label_names, examples, cases)
+    return Facts(spec.size, spec.mpp, modalities, shapes, spec.label_names, examples, cases)
+
+
+def of_spec(spec: "Spec") -> tuple[str, int, int]:
+    """What an encoder must know of the records of a set: kind, size and channels."""
+    return spec.he_kind, spec.size, spec.he_channels
+
+
+def of_facts(facts: Facts) -> tuple[str, int, int]:
+    of = facts.modalities["he"]
+    return of.kind, facts.size, of.channels
+
+
+def in_words(kind: str, size: int, channels: int, mpp: float | None = None) -> str:
+    if kind == "image":
+        return f"tiles of {size} px" + ("" if mpp is None else f" at {mpp:g} um/px")
+    side = "" if mpp is None else f" of {mpp:g} um"
+    return f"regions of {size} x {size} tiles{side} with {channels - 1} features each"
 
 
 def _examples(reading: Any, tileset: "TileSet") -> int:

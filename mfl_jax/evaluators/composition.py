@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mfl_jax.bags import spacing
+from input_pipeline.features import spacing
 from mfl_jax.evaluators.embed import Embedded
 
 WAYS = ("mixture", "arrangement")
