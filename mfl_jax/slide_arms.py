@@ -12,7 +12,7 @@ from mfl_jax import bags as files
 from mfl_jax import sharding, trained
 from mfl_jax.bags import Bags, Table
 from mfl_jax.config import flatten
-from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set
+from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, mean_of_tiles
 from mfl_jax.evaluators.slide_study import SlideArm
 
 
@@ -166,11 +166,18 @@ def _of_run(asked: Asked, run: trained.Trained, like: trained.Trained, table: Ta
 
 
 def of_set(path: Path, table: Table, batch: int = 256) -> tuple[Bags, str]:
-    """A tile set without any run: statistics of the colours of its tiles."""
+    """A tile set without any run: statistics of the colours of its tiles; of regions the mean of their tiles."""
     from input_pipeline.tileset import TileSet
 
-    found = embed_set(colour_statistics, {}, {}, TileSet.open(path), sharding.make_mesh(), batch=batch)
-    return bags_of(found, "he", table, path), "mean, spread and percentiles of the colours of a tile"
+    tileset, embed, what = (
+        TileSet.open(path),
+        colour_statistics,
+        "mean, spread and percentiles of the colours of a tile",
+    )
+    if tileset.spec.he_kind == "grid":
+        embed, what = mean_of_tiles, "the features of a region's tiles, averaged"
+    found = embed_set(embed, {}, {}, tileset, sharding.make_mesh(), batch=batch)
+    return bags_of(found, "he", table, path), what
 
 
 def bags_of(found: Embedded, feature: str, table: Table, where: Path) -> Bags:

@@ -13,7 +13,7 @@ def add(commands) -> None:
         "arms",
         nargs="+",
         help="NAME=FOLDER of <slide_id>.h5 (ours, CLAM's, TRIDENT's, STAMP's), NAME=RUN[@TILESET], or NAME=TILESET for "
-        "statistics of its colours; one name several times: seeds of one arm",
+        "statistics of its colours (regions: the mean of their tiles); one name several times: seeds of one arm",
     )
     command.add_argument("--table", type=Path, required=True, help="CSV: slide_id, case_id, label")
     command.add_argument("--tileset", type=Path, help="that runs embed, where an arm names none")
