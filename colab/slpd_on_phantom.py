@@ -18,7 +18,7 @@
 #     python colab/slpd_on_phantom.py --out evidence/slpd --size small        # two CPU cores
 #     python colab/slpd_on_phantom.py --out evidence/slpd --size full         # an accelerator and 16 cores
 #
-# Run again, it goes on where it stopped. `mil_on_phantom.py` and `retrieval_on_phantom.py` share the slides.
+# Run again, it goes on where it stopped.
 
 # %%
 import os
@@ -37,10 +37,10 @@ scale = levels.LEVELS[work.name]
 # ## The slides
 
 # %%
-tileset = evidence.cohort(work)
+tileset = levels.cohort(work, scale)
 counts = {name: len(cases) for name, cases in tileset.splits.items()}
 evidence.tell(f"{len(tileset):,} tiles of {len(tileset.slides)} slides; cases: {counts}")
-table = evidence.slide_table(work, tileset, "label")
+table = levels.slide_table(work, tileset)
 
 # %% [markdown]
 # ## Level 1: tiles

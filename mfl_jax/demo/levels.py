@@ -19,9 +19,9 @@ from input_pipeline.tileset import TileSet
 from mfl_jax import compare, data, encoder, slide_arms, slides, sweep, trained
 from mfl_jax import config as loader
 from mfl_jax.arms import read_curve
-from mfl_jax.bags import Table, read_folder
+from mfl_jax.bags import Table, of_cases, read_folder, read_table
 from mfl_jax.demo.arms import Arm, Size, spec
-from mfl_jax.demo.evidence import Work, tell
+from mfl_jax.demo.evidence import Work, command, tell
 from mfl_jax.evaluators import composition
 from mfl_jax.evaluators.slide_study import SlideArm, Study, key
 from mfl_jax.extract import extract
@@ -50,7 +50,7 @@ class Levels:
 
 LEVELS = {
     "tiny": Levels(
-        Size("tiny", 64, 640, 12), Size("tiny", 64, 640, 12), side=4, step=2, seeds=1, folds=3, epochs=1, resamples=50
+        Size("tiny", 64, 512, 12), Size("tiny", 64, 512, 12), side=4, step=2, seeds=1, folds=3, epochs=1, resamples=50
     ),
     "small": Levels(
         Size("phantom", 64, 1024, 40, "total.steps=250"),
@@ -76,10 +76,25 @@ def _train(work: Work, folder: Path, specs: Mapping[str, str]) -> dict[str, Path
     return {job.name: job.workdir for job in jobs}
 
 
+def cohort(work: Work, levels: Levels) -> TileSet:
+    """H&E alone. Of the splits, train (two fifths of the cases) and test, each serves one setting."""
+    size, out = levels.tiles, work.out
+    drawn = ("--cases", size.cases, "--size", size.slide, "--seed", work.seed, "--partners", "")
+    command("phantom", "--out", out / "slides", *drawn, "--quiet")
+    command("tile", out / "slides" / "slides.csv", "--out", out / "tiled", "--size", size.tile, "--quiet")
+    command("pack", out / "tiled", "--out", out / "set", "--splits", "train=0.4,test=0.6", "--quiet")
+    return TileSet.open(out / "set")
+
+
+def slide_table(work: Work, tileset: TileSet) -> Table:
+    """The slides that are tested."""
+    return of_cases(read_table(work.out / "slides" / "slides.csv"), tileset.splits["test"])
+
+
 def train_tiles(work: Work, levels: Levels) -> dict[str, Path]:
     """One encoder of tiles a setting."""
     specs = {
-        setting: spec(BASE, levels.tiles, work.shared / "set", 0, f"data.split={split}")
+        setting: spec(BASE, levels.tiles, work.out / "set", 0, f"data.split={split}")
         for setting, split in SETTINGS.items()
     }
     return _train(work, work.out / "tiles", specs)
@@ -91,7 +106,7 @@ def features(work: Work, runs: Mapping[str, Path]) -> dict[str, Path]:
     for setting, run in runs.items():
         found[setting] = work.out / "features" / setting
         tell(f"Features of every tile, {setting}")
-        source = slides.of_tile_set(work.shared / "set")
+        source = slides.of_tile_set(work.out / "set")
         report = extract(source, encoder.of_run(run), found[setting], progress=False, say=tell)
         if report.failed:
             raise ValueError(f"features of {len(report.failed)} slides failed: see {found[setting] / 'status.csv'}")
@@ -100,12 +115,12 @@ def features(work: Work, runs: Mapping[str, Path]) -> dict[str, Path]:
 
 def regions(work: Work, levels: Levels, folders: Mapping[str, Path]) -> dict[str, Path]:
     """A tile set of regions a setting: grids of tile features, with the splits of the cohort."""
-    found, splits = {}, TileSet.open(work.shared / "set").splits
+    found, splits = {}, TileSet.open(work.out / "set").splits
     for setting, folder in folders.items():
         found[setting] = work.out / "regions" / setting
         params = Params(tiles=levels.side, step=levels.step, min_tissue=0.5)
-        given: dict[str, Any] = {"table": work.shared / "slides" / "slides.csv", "splits": dict(splits)}
-        report = assemble(folder, found[setting], params, **given, progress=False, say=tell)
+        given: dict[str, Any] = {"table": work.out / "slides" / "slides.csv", "splits": dict(splits)}
+        report = assemble(folder, found[setting], params, **given, workers=0, progress=False, say=tell)
         if report.failed:
             raise ValueError(f"regions of {len(report.failed)} slides failed: {report.failed}")
         made = TileSet.open(found[setting])
@@ -142,7 +157,7 @@ def train_regions(
 
 def truth_arms(work: Work, table: Table) -> list[SlideArm]:
     """What is written on the slides: the mixture of kinds of tile, and which kinds lie beside which."""
-    tileset = TileSet.open(work.shared / "set")
+    tileset = TileSet.open(work.out / "set")
     columns: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in tileset.tiles.items()}
     columns |= {"slide": np.array(tileset.slides)[columns["slide"]], "case": np.array(tileset.cases)[columns["case"]]}
     ids, found = np.arange(len(tileset)), []
@@ -154,7 +169,7 @@ def truth_arms(work: Work, table: Table) -> list[SlideArm]:
 
 
 def colour_arm(work: Work, table: Table) -> SlideArm:
-    bags, what = slide_arms.of_set(work.shared / "set", table)
+    bags, what = slide_arms.of_set(work.out / "set", table)
     return SlideArm("colour", (bags,), (), "Colour statistics", "baseline", what, skip=("hipt",))
 
 
