@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from mfl_jax.models import resnet, vit
 from mfl_jax.models.compact import Compact
-from mfl_jax.models.heads import Layers, PaperHead
+from mfl_jax.models.heads import DinoHead, Directions, Layers, PaperHead
 from mfl_jax.trees import overview
 
 __all__ = ["Model", "describe", "make", "make_head"]
@@ -49,7 +49,7 @@ def make(spec: str, **overrides: Any) -> Model:
 
 def make_head(spec: str, in_dim: int) -> Model:
     """A network over vectors of length in_dim: projector, predictor (hidden layer, back to in_dim), linear,
-    classifier (the paper's BN - 256 - BN)."""
+    classifier (the paper's BN - 256 - BN), dino (GELU between), directions (cosines with `out` of them)."""
     name, settings = parse(spec)
     builder = choose(name, HEADS, "head")
     return builder(name, in_dim=in_dim, **check(builder, settings, spec))
@@ -225,6 +225,23 @@ def build_predictor(name: str, *, in_dim: int, hidden: int = 512, bn: bool = Tru
     return from_module(Layers((hidden, in_dim), bn, bn_groups=bn_groups), in_dim, name)
 
 
+def build_dino(
+    name: str,
+    *,
+    in_dim: int,
+    hidden: int = 2048,
+    layers: int = 3,
+    bottleneck: int = 256,
+    bn: bool = False,
+    bn_groups: int = 1,
+) -> Model:
+    return from_module(DinoHead((hidden,) * (layers - 1) + (bottleneck,), bn, bn_groups), bottleneck, name)
+
+
+def build_directions(name: str, *, in_dim: int, out: int = 65536) -> Model:
+    return from_module(Directions(out), out, name)
+
+
 def build_linear(name: str, *, in_dim: int, out: int = 2) -> Model:
     return from_module(Layers((out,)), out, name)
 
@@ -243,5 +260,7 @@ HEADS = {
     "projector": build_projector,
     "predictor": build_predictor,
     "linear": build_linear,
+    "dino": build_dino,
+    "directions": build_directions,
     "classifier": build_classifier,
 }

@@ -15,6 +15,7 @@ from mfl_jax.views import Modality
 
 SIZE, BATCH = 16, 8
 CONFIGS = Path(__file__).parents[2] / "configs"
+OF_METHOD = {"dino": "dino_tiles"}  # the config that a method is tested by, where it is called otherwise
 PARTNERS = {
     "if": (Modality("image", 4), (SIZE, SIZE, 4), "uint16"),
     "ihc": (Modality("image", 3), (SIZE, SIZE, 3), "uint8"),
@@ -97,9 +98,14 @@ class Run:
         self.closed = True
 
 
+def config_of(name: str) -> Path:
+    return CONFIGS / f"{OF_METHOD.get(name, name)}.py"
+
+
 def tiny(name: str, words: str = "", **overrides: Any) -> ConfigDict:
-    """configs/<name>.py:tiny with more words and, by full name (dots as two underscores), other values."""
-    config = configs.load(f"{CONFIGS / name}.py:tiny" + (f",{words}" if words else ""))
+    """The config of that name or method as tiny, with more words and, by full name (dots as two underscores), other
+    values."""
+    config = configs.load(f"{config_of(name)}:tiny" + (f",{words}" if words else ""))
     with config.unlocked():
         for key, value in overrides.items():
             node = config

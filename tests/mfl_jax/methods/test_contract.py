@@ -36,6 +36,8 @@ MORE = [
     "moco:near",
     "moco:symmetric",
     "siamese:triplet",
+    "dino:resnet",
+    "dino:sinkhorn,registers",
     "mfl:all",
     "mfl:vicreg",
     "mfl:barlow,counts",
