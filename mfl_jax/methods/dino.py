@@ -132,7 +132,7 @@ class Parts:
             rows, kept = logits.swapaxes(0, 1), jnp.repeat(mask, self.large)
             shared = losses.sinkhorn_targets(rows.reshape(-1, rows.shape[-1]), temperature, mask=kept)
             targets = shared.reshape(rows.shape).swapaxes(0, 1)
-        cold = {"temperature": self.student_temperature, "mask": mask}
+        cold: dict[str, Any] = {"temperature": self.student_temperature, "mask": mask}
         value, metrics = losses.dino_ce(seen.student.logits, targets, **cold)
         metrics |= losses.distribution_signs(seen.student.logits[: self.large], targets, **cold)
         metrics |= {
@@ -155,8 +155,8 @@ class Parts:
         return self.teacher, extra["teacher"]["params"], extra["teacher"]["stats"]
 
     def embed(self, params: Any, extra: Any, batch: Batch) -> dict[str, jax.Array]:
-        network, *of = self.embedding_of(params, extra)
-        return {"he": network.features(*of, self.look(batch["he"]))}
+        network, params, stats = self.embedding_of(params, extra)
+        return {"he": network.features(params, stats, self.look(batch["he"]))}
 
 
 def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
@@ -238,6 +238,6 @@ def _check(made: Parts, temperatures: tuple[float, float], momentum: float) -> N
             f"temperatures of dino are above 0; the teacher's are {temperatures}, the student's is "
             f"{made.student_temperature}"
         )
-    for key, value in (("momentum", momentum), ("centre_momentum", made.centre_momentum)):
-        if not 0 <= value < 1:
-            raise ValueError(f"dino.{key} is {value}; it is 0 or more and below 1")
+    for key, decay in (("momentum", momentum), ("centre_momentum", made.centre_momentum)):
+        if not 0 <= decay < 1:
+            raise ValueError(f"dino.{key} is {decay}; it is 0 or more and below 1")
