@@ -5,7 +5,7 @@ matched pairs. Nothing depends on how many devices share the work, nor on which 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ SLIDES = 16  # clustered at once on a device: few enough for its cache
 CALL = 2**26  # numbers of regions that are put on a device at a time
 ROWS, COLUMNS = 64, 1024  # slides compared at once
 EXACT = 8  # prototypes up to which all matchings are gone through; 2^K steps, so beyond it the Hungarian method
+KEY = 0x51D9  # folded into a key that is used for something else as well
 TRANSFER = ("matched", "argmax")
 
 
@@ -67,6 +68,7 @@ def cluster(
     vectors = np.zeros((slides, k, features.shape[1]), np.float32)
     assignment, sizes = np.full(len(features), -1, np.int32), np.zeros((slides, k), np.int32)
     lengths = np.array([_length(count) for count in counts.tolist()])
+    along = sharding.batch_sharding(mesh)
     for length in np.unique(lengths[eligible]).tolist():
         chosen = np.flatnonzero(eligible & (lengths == length))
         run = _clustering(mesh, k, iterations, restarts)
@@ -75,7 +77,7 @@ def cluster(
             mask = place < np.where(numbers >= 0, counts[numbers], 0)[..., None]
             rows = order[np.where(mask, first[numbers][..., None] + place, 0)]
             inputs = (numbers.astype(np.int32), features[rows].astype(np.float32, copy=False), mask)
-            centroids, which = map(np.asarray, run(raw, *(_over(array, mesh) for array in inputs)))
+            centroids, which = map(np.asarray, run(raw, *(sharding.put_whole(array, along) for array in inputs)))
             real = numbers >= 0
             vectors[numbers[real]] = centroids[real]
             assignment[rows[mask]] = which[mask]
@@ -110,6 +112,68 @@ def neighbours(
     for rank in range(n):
         found.transfer[known, rank] = _transfers(own, own[which[:, rank]], transfer)
     return found
+
+
+def described(found: Prototypes, near: Neighbours) -> dict[str, float]:
+    """Sizes of clusters (their evenness is 1 where all are of one size, 0 where one has all) and likeness."""
+    sizes = found.sizes[found.eligible].astype(np.float64)
+    told = {"eligible_slides": float(found.eligible.sum()), "eligible_regions": float((found.assignment >= 0).mean())}
+    if not len(sizes):
+        return told
+    told |= {f"cluster_{name}": float(of(sizes)) for name, of in (("min", np.min), ("mean", np.mean), ("max", np.max))}
+    k = sizes.shape[1]
+    if k > 1:
+        share = sizes / sizes.sum(1, keepdims=True)
+        entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1)
+        told["cluster_evenness"] = float(entropy.mean() / np.log(k))
+    first = near.score[near.slide[:, 0] >= 0, 0]
+    return told | ({"neighbour_cosine": float(first.mean() / k)} if len(first) else {})
+
+
+def changes(
+    before: np.ndarray, after: np.ndarray, slide: np.ndarray, neighbour: np.ndarray, near: Neighbours
+) -> dict[str, float]:
+    """Since the last time: the share of regions [N] that are in another cluster, once the clusters of a slide before
+    and after are matched as well as they can be, and of slides with another nearest neighbour. Nothing, the first time.
+    """
+    both, told = (before >= 0) & (after >= 0), {}
+    if both.any():
+        k = int(max(before.max(), after.max())) + 1
+        slides, code = np.unique(slide[both], return_inverse=True)
+        tables = np.zeros((len(slides), k, k))
+        np.add.at(tables, (code, before[both], after[both]), 1)
+        told["assignment_churn"] = float(1 - sum(best_matching(table)[0] for table in tables) / both.sum())
+    known = (neighbour[:, 0] >= 0) & (near.slide[:, 0] >= 0)
+    if known.any():
+        told["neighbour_churn"] = float((neighbour[known, 0] != near.slide[known, 0]).mean())
+    return told
+
+
+def kinds(near: Neighbours, slide: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The share of slides whose nearest neighbour has their label, and what chance would make it, where the labels of
+    all regions of a slide are one; and is of their case."""
+    told: dict[str, float] = {}
+    one = np.flatnonzero(near.slide[:, 0] >= 0)
+    for name, column in (("purity", "label"), ("same_case", "case")):
+        if column not in columns:
+            continue
+        of_slide = _one_of(slide, columns[column], len(near.slide))
+        kept = one[(of_slide[one] >= 0) & (of_slide[near.slide[one, 0]] >= 0)]
+        mine, count = of_slide[kept], np.bincount(of_slide[kept])
+        if len(kept) < 2 or (name == "purity" and (count > 0).sum() < 2):
+            continue
+        told[f"neighbour_{name}"] = float((mine == of_slide[near.slide[kept, 0]]).mean())
+        told[f"neighbour_{name}_chance"] = float((count * (count - 1)).sum() / (len(kept) * (len(kept) - 1)))
+    return told
+
+
+def _one_of(slide: np.ndarray, code: np.ndarray, slides: int) -> np.ndarray:
+    """[S]: the code that all regions of a slide have, as far as they have one; else -1."""
+    known = code >= 0
+    lowest, highest = np.full(slides, np.iinfo(np.int64).max), np.full(slides, -1)
+    np.minimum.at(lowest, slide[known], code[known])
+    np.maximum.at(highest, slide[known], code[known])
+    return np.where(lowest == highest, highest, -1)
 
 
 def best_matching(cosine: np.ndarray) -> tuple[float, np.ndarray]:
@@ -175,13 +239,10 @@ def _compared(own: np.ndarray, n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarr
     wide = -(-slides // (parts * 64)) * 64
     blocks = -(-slides // (ROWS * across)) * across
     numbers = np.arange(blocks * ROWS, dtype=np.int32).reshape(-1, ROWS)
-    whole = NamedSharding(mesh, PartitionSpec())
-    inputs = (
-        _over(_tiles(own, parts, wide), mesh, whole),
-        _over(numbers, mesh),
-        _over(_tiles(own, blocks, ROWS), mesh),
-    )
-    score, which = map(np.asarray, _comparing(mesh, n, slides)(*inputs))
+    whole, along = NamedSharding(mesh, PartitionSpec()), sharding.batch_sharding(mesh)
+    inputs = ((_tiles(own, parts, wide), whole), (numbers, along), (_tiles(own, blocks, ROWS), along))
+    placed = [sharding.put_whole(array, places) for array, places in inputs]
+    score, which = map(np.asarray, _comparing(mesh, n, slides)(*placed))
     return score.reshape(-1, n)[:slides], which.reshape(-1, n)[:slides]
 
 
@@ -255,12 +316,6 @@ def _transfers(own: np.ndarray, other: np.ndarray, transfer: str) -> np.ndarray:
     if transfer == "argmax":
         return cosine.argmax(2)
     return np.stack([best_matching(one)[1] for one in cosine])
-
-
-def _over(array: np.ndarray, mesh: Mesh, places: NamedSharding | None = None) -> jax.Array:
-    """On the devices, its first axis along `data`: of an array that every process holds whole."""
-    places = places or sharding.batch_sharding(mesh)
-    return jax.make_array_from_callback(array.shape, places, lambda index: array[index])
 
 
 def _spread(block: Callable, mesh: Mesh) -> Callable:
