@@ -16,14 +16,14 @@ from mfl_jax import config as configs
 from mfl_jax import data, metrics, trained
 from mfl_jax.data import Facts
 from mfl_jax.evaluation import ArmRuns, Seed
-from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set
+from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, mean_of_tiles
 from mfl_jax.evaluators.tasks import Task, check_overlap
 from mfl_jax.train import FREE, FREE_DATA
 
 if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
 
-BASELINES = ("random", "colour")
+BASELINES = ("random", "colour", "mean")
 NAME_LENGTH = 60
 
 
@@ -52,11 +52,10 @@ def look(paths: Sequence[Path], tileset: "TileSet", *, transductive: bool = Fals
     for run in runs:
         if not any(p.name.isdigit() for p in (run.path / "checkpoints").iterdir()):
             raise trained.RunError(f"{run.path} has no checkpoint yet")
-        size, mpp = run.facts.size, run.facts.mpp
-        if size != tileset.spec.size or not math.isclose(mpp, tileset.spec.mpp, rel_tol=0.02):
+        data.check_fits(tileset.spec, run.facts, f"{tileset.root} (for {run.path})")
+        if not math.isclose(run.facts.mpp, tileset.spec.mpp, rel_tol=0.02):
             raise ValueError(
-                f"{run.path} was trained on tiles of {size} px at {mpp:g} um/px; the tile set has "
-                f"{tileset.spec.size} px at {tileset.spec.mpp:g} um/px"
+                f"{run.path} was trained at {run.facts.mpp:g} um/px; the tile set has {tileset.spec.mpp:g} um/px"
             )
         try:
             check_overlap(tileset.splits, run.facts.train_cases, transductive=transductive)
@@ -117,14 +116,15 @@ def collect(
     say: Callable[[str], None] = lambda line: None,
 ) -> Collected:
     """Every run embedded once, on all tiles of the set. `baselines`: 'random', the first arm's encoder before it has
-    learnt anything; 'colour', statistics of the colours of a tile. A run that was trained on a task's own target is
-    scored on it by its own predictions.
+    learnt anything; 'colour', statistics of the colours of a tile; 'mean', of the tile features of a region. A run that
+    was trained on a task's own target is scored on it by its own predictions.
     """
     arms: list[ArmRuns] = []
     columns: dict[str, np.ndarray] = {}
     digests: dict[str, str] = {}
     notes: list[str] = []
     untaught: list[Seed] = []
+    _check_baselines(baselines, tileset)
     embed = functools.partial(_embed, tileset=tileset, mesh=mesh, batch=batch)
     for name, members in group(runs).items():
         seeds: list[Seed] = []
@@ -148,7 +148,20 @@ def collect(
     if "colour" in baselines:
         colours = Seed(0, embed(colour_statistics, {}, {}, partners=()).features["he"])
         arms.append(ArmRuns("colour", "Colour statistics", "baseline", (colours,), "mean, spread and percentiles"))
+    if "mean" in baselines:
+        means = Seed(0, embed(mean_of_tiles, {}, {}, partners=()).features["he"])
+        what = "the features of a region's tiles, averaged"
+        arms.append(ArmRuns("mean", "Mean of tile features", "baseline", (means,), what))
     return Collected(tuple(arms), columns, digests, tuple(notes))
+
+
+def _check_baselines(baselines: Sequence[str], tileset: "TileSet") -> None:
+    kinds = {"colour": "image", "mean": "grid"}
+    if wrong := [name for name in baselines if kinds.get(name, tileset.spec.he_kind) != tileset.spec.he_kind]:
+        raise ValueError(
+            f"the baseline {wrong[0]!r} is for sets of kind {kinds[wrong[0]]!r}: of tiles there are random and colour, "
+            "of regions random and mean"
+        )
 
 
 def _embed(

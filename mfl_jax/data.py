@@ -13,7 +13,7 @@ from mfl_jax import sharding
 from mfl_jax.views import Modality
 
 if TYPE_CHECKING:
-    from input_pipeline.tileset import TileSet
+    from input_pipeline.tileset import Spec, TileSet
 
 COLUMNS = ("label", "slide", "case")
 
@@ -22,8 +22,8 @@ COLUMNS = ("label", "slide", "case")
 class Facts:
     """What is the same in every batch of a tile set: enough to build a method and its shapes, with no tile read."""
 
-    size: int
-    mpp: float
+    size: int  # px of a tile; of grids, tiles along a side of a region
+    mpp: float  # um per px, or per tile along a side
     modalities: dict[str, Modality]  # 'he' and the partners that are read
     shapes: dict[str, tuple[tuple[int, ...], str]]  # entry of the batch -> shape without the rows, dtype
     label_names: tuple[str, ...]
@@ -48,14 +48,14 @@ def facts(reading: Any) -> Facts:
         raise ValueError(f"data.partners names {missing}; {reading.tileset} has {sorted(known)}")
     if missing := [name for name in reading.columns if name not in tileset.tiles]:
         raise ValueError(f"data.columns names {missing}; {reading.tileset} has {sorted(tileset.tiles)}")
-    size = tileset.spec.size
-    modalities = {"he": Modality()}
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": ((size, size, 3), "uint8")}
+    spec = tileset.spec
+    modalities = {"he": Modality(spec.he_kind, spec.he_channels)}
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": (spec.he_shape, spec.he_dtype)}
     for name in wanted:
         partner = known[name]
         channels = partner.length if partner.kind == "vector" else partner.channels
         modalities[name] = Modality(partner.kind, channels or 0)
-        shapes[name] = (tileset.spec.shape(partner), partner.dtype)
+        shapes[name] = (spec.shape(partner), partner.dtype)
         shapes[f"{name}_mask"] = ((), "bool")
     for beside in (name for name in ("near", "far") if getattr(reading, f"{name}_um")):
         shapes |= {f"{beside}_he": shapes["he"], f"{beside}_mask": ((), "bool")}
@@ -63,7 +63,21 @@ def facts(reading: Any) -> Facts:
     shapes |= {name: ((), _narrow(tileset.tiles[name].dtype)) for name in (*COLUMNS, *reading.columns)}
     examples, cases = _examples(reading, tileset), tuple(tileset.splits[reading.split])
     whole = {"slides": len(tileset.slides), "records": len(tileset)}
-    return Facts(size, tileset.spec.mpp, modalities, shapes, tileset.spec.label_names, examples, cases, **whole)
+    return Facts(spec.size, spec.mpp, modalities, shapes, spec.label_names, examples, cases, **whole)
+
+
+def check_fits(spec: "Spec", facts: Facts, where: str) -> None:
+    """ValueError where an encoder that was trained on what `facts` say cannot look at the records of another set."""
+    of = facts.modalities["he"]
+    has, wants = (spec.he_kind, spec.size, spec.he_channels), (of.kind, facts.size, of.channels)
+    if has != wants:
+        raise ValueError(f"{where} has {_in_words(*has)}; the encoder is trained on {_in_words(*wants)}")
+
+
+def _in_words(kind: str, size: int, channels: int) -> str:
+    return (
+        f"tiles of {size} px" if kind == "image" else f"regions of {size} x {size} tiles, {channels - 1} features each"
+    )
 
 
 def _examples(reading: Any, tileset: "TileSet") -> int:

@@ -131,7 +131,7 @@ def _add_eval(commands) -> None:
     command.add_argument("--threshold", type=float, help="two classes: above it, and not")
     command.add_argument("--regression", action="store_true", help="the target is a number")
     command.add_argument("--decoded", default="", help="partners for decode (default: all of the tile set)")
-    command.add_argument("--baselines", default="", help="random,colour")
+    command.add_argument("--baselines", default="", help="random, and colour of tiles or mean of regions")
     command.add_argument("--feature", default="he", help="of what the method embeds")
     command.add_argument("--batch", type=int, default=256)
     command.add_argument("--resamples", type=int, default=2000, help="of cases, for intervals")

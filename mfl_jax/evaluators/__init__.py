@@ -113,10 +113,7 @@ def make(reading: Any, facts: "Facts", mesh: jax.sharding.Mesh) -> tuple[Evaluat
         if part.tileset not in sets:
             sets[part.tileset] = data.open_set(part.tileset)
         tileset, partners = sets[part.tileset], tuple(part.partners)
-        if tileset.spec.size != facts.size:
-            raise ValueError(
-                f"evals.{name}.tileset has tiles of {tileset.spec.size} px; the encoder is trained on {facts.size} px"
-            )
+        data.check_fits(tileset.spec, facts, f"evals.{name}.tileset")
         if part.batch % mesh.shape["data"]:
             raise ValueError(f"evals.{name}.batch is {part.batch}, not a multiple of {mesh.shape['data']} devices")
         key = (part.tileset, part.batch, partners)

@@ -72,6 +72,13 @@ def colour_statistics(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -
     return {"he": jnp.concatenate(parts, 1)}
 
 
+def mean_of_tiles(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """In place of Method.embed, of grids of tile features: their mean over the tiles that are there, else 0."""
+    grid = batch["he"].astype(jnp.float32)
+    count = jnp.maximum(grid[..., -1].sum((1, 2)), 1.0)
+    return {"he": (grid[..., :-1] * grid[..., -1:]).sum((1, 2)) / count[:, None]}
+
+
 def embed_set(
     embed: Embed,
     params: Any,

@@ -168,9 +168,11 @@ class DropPath(nn.Module):
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
 
 
-def cubic_weights(old: int, new: int) -> np.ndarray:
-    """[new, old]: torch's bicubic interpolation (a = -0.75, half-pixel centres, clamped edges, no antialiasing)."""
-    a, centre = -0.75, (np.arange(new) + 0.5) * old / new - 0.5
+def cubic_weights(old: int, new: int, offset: float = 0.0) -> np.ndarray:
+    """[new, old]: torch's bicubic interpolation (a = -0.75, half-pixel centres, clamped edges, no antialiasing), by a
+    factor of (new + offset) / old. DINO and HIPT have an offset of 0.1, which moves what is read by up to that many
+    cells of `new`: weights that were trained so want the same."""
+    a, centre = -0.75, (np.arange(new) + 0.5) * old / (new + offset) - 0.5
     base = np.floor(centre).astype(int)
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
@@ -181,9 +183,9 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
     return weights
 
 
-def resize_grid(grid: jax.Array, height: int, width: int) -> jax.Array:
+def resize_grid(grid: jax.Array, height: int, width: int, offset: float = 0.0) -> jax.Array:
     """[h, w, D] -> [height, width, D] with torch's bicubic kernel, which `jax.image.resize` (a = -0.5) is not."""
-    rows, columns = cubic_weights(grid.shape[0], height), cubic_weights(grid.shape[1], width)
+    rows, columns = (cubic_weights(old, new, offset) for old, new in zip(grid.shape, (height, width), strict=False))
     exact = lax.Precision.HIGHEST
     half = jnp.einsum("Hh,hwd->Hwd", rows.astype(np.float32), grid, precision=exact)
     return jnp.einsum("Ww,Hwd->HWd", columns.astype(np.float32), half, precision=exact)

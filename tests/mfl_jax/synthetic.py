@@ -14,6 +14,7 @@ from mfl_jax.data import Facts
 from mfl_jax.views import Modality
 
 SIZE, BATCH, SLIDES = 16, 8, 5
+CELLS, FEATURES = 4, 6  # of a region
 CONFIGS = Path(__file__).parents[2] / "configs"
 OF_METHOD = {"dino": "dino_tiles"}  # the config that a method is tested by, where it is called otherwise
 PARTNERS = {
@@ -25,9 +26,13 @@ PARTNERS = {
 
 
 def facts(data: ConfigDict, examples: int = 64) -> Facts:
-    """What `data.facts` would say of a tile set with the partners that a config reads."""
-    modalities = {"he": Modality()}
+    """What `data.facts` would say of a tile set with the partners that a config reads; of one of regions, where the
+    path that the config names ends so."""
+    size, modalities = SIZE, {"he": Modality()}
     shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": ((SIZE, SIZE, 3), "uint8")}
+    if data.tileset.endswith("regions"):
+        size, modalities = CELLS, {"he": Modality("grid", FEATURES + 1)}
+        shapes = {"he": ((CELLS, CELLS, FEATURES + 1), "float16")}
     for name in data.partners:
         modalities[name], shape, dtype = PARTNERS[name]
         shapes |= {name: (shape, dtype), f"{name}_mask": ((), "bool")}
@@ -36,7 +41,7 @@ def facts(data: ConfigDict, examples: int = 64) -> Facts:
     shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
     shapes |= dict.fromkeys(("label", "slide", "case"), ((), "int32"))
     shapes |= dict.fromkeys(data.columns, ((), "float32"))
-    return Facts(SIZE, 1.0, modalities, shapes, ("a", "b", "c"), examples, slides=SLIDES, records=examples)
+    return Facts(size, 1.0, modalities, shapes, ("a", "b", "c"), examples, slides=SLIDES, records=examples)
 
 
 def batch(facts: Facts, step: int, *, rows: int = BATCH, seed: int = 0) -> dict[str, np.ndarray]:
@@ -52,6 +57,10 @@ def batch(facts: Facts, step: int, *, rows: int = BATCH, seed: int = 0) -> dict[
                 draw.integers(0, 156, (rows, *shape)).astype(np.uint8)
                 + (label * 40).astype(np.uint8)[:, None, None, None]
             )
+        elif dtype == "float16":
+            there = draw.random((rows, *shape[:2], 1)) < 0.8
+            tiles = draw.normal(size=(rows, *shape[:2], shape[2] - 1)) + label[:, None, None, None]
+            made[name] = np.concatenate([tiles * there, there], -1).astype(np.float16)
         elif dtype == "uint16":
             made[name] = draw.integers(0, 5, (rows, *shape)).astype(np.uint16)
         elif shape:
