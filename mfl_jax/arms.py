@@ -2,7 +2,6 @@
 
 import fnmatch
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from mfl_jax import config as configs
 from mfl_jax import data, metrics, trained
 from mfl_jax.data import Facts
 from mfl_jax.evaluation import ArmRuns, Seed
-from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, mean_of_tiles
+from mfl_jax.evaluators.embed import colour_statistics, embed_set, mean_of_tiles
 from mfl_jax.evaluators.tasks import Task, check_overlap
 from mfl_jax.train import FREE, FREE_DATA
 
@@ -52,11 +51,7 @@ def look(paths: Sequence[Path], tileset: "TileSet", *, transductive: bool = Fals
     for run in runs:
         if not any(p.name.isdigit() for p in (run.path / "checkpoints").iterdir()):
             raise trained.RunError(f"{run.path} has no checkpoint yet")
-        data.check_fits(tileset.spec, run.facts, f"{tileset.root} (for {run.path})")
-        if not math.isclose(run.facts.mpp, tileset.spec.mpp, rel_tol=0.02):
-            raise ValueError(
-                f"{run.path} was trained at {run.facts.mpp:g} um/px; the tile set has {tileset.spec.mpp:g} um/px"
-            )
+        trained.check_tiles(run.path, run.facts, tileset.spec)
         try:
             check_overlap(tileset.splits, run.facts.train_cases, transductive=transductive)
         except ValueError as error:
@@ -125,7 +120,7 @@ def collect(
     notes: list[str] = []
     untaught: list[Seed] = []
     _check_baselines(baselines, tileset)
-    embed = functools.partial(_embed, tileset=tileset, mesh=mesh, batch=batch)
+    embed = functools.partial(embed_set, tileset=tileset, mesh=mesh, batch=batch)
     for name, members in group(runs).items():
         seeds: list[Seed] = []
         first = trained.open_run(members[0].path, mesh)
@@ -146,10 +141,10 @@ def collect(
         what = f"nothing: the encoder of {arms[0].title} as it was drawn"
         arms.append(ArmRuns("random", "Random encoder", "baseline", tuple(untaught), what))
     if "colour" in baselines:
-        colours = Seed(0, embed(colour_statistics, {}, {}, partners=()).features["he"])
+        colours = Seed(0, embed(colour_statistics, {}, {}).features["he"])
         arms.append(ArmRuns("colour", "Colour statistics", "baseline", (colours,), "mean, spread and percentiles"))
     if "mean" in baselines:
-        means = Seed(0, embed(mean_of_tiles, {}, {}, partners=()).features["he"])
+        means = Seed(0, embed(mean_of_tiles, {}, {}).features["he"])
         what = "the features of a region's tiles, averaged"
         arms.append(ArmRuns("mean", "Mean of tile features", "baseline", (means,), what))
     return Collected(tuple(arms), columns, digests, tuple(notes))
@@ -164,19 +159,12 @@ def _check_baselines(baselines: Sequence[str], tileset: "TileSet") -> None:
         )
 
 
-def _embed(
-    embed: Any, params: Any, extra: Any, *, tileset: "TileSet", mesh: Any, batch: int, partners: Any
-) -> Embedded:
-    across = mesh.shape["data"]
-    return embed_set(embed, params, extra, tileset, mesh, batch=-(-batch // across) * across, partners=partners)
-
-
 def partners_of_embed(run: trained.Trained, feature: str = "he") -> tuple[str, ...]:
     """Partners that the features are made of: none, but for an upper bound that sees them at inference too.
 
     ValueError where the method has no such feature.
     """
-    shapes = trained.batch_shapes(run.facts, 2)
+    shapes = data.batch_shapes(run.facts, 2)
     embed = functools.partial(jax.eval_shape, run.method.embed, run.params, run.extra)
     seen: tuple[str, ...] = ()
     try:

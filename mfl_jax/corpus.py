@@ -48,17 +48,13 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
     from mfl_jax import sharding
     from mfl_jax.arms import partners_of_embed
     from mfl_jax.evaluators.embed import embed_set
-    from mfl_jax.trained import open_run, read_run
+    from mfl_jax.trained import check_tiles, open_run, read_run
 
     tiles, (_, facts) = TileSet.open(tileset), read_run(Path(run))
-    if facts.size != tiles.spec.size or not math.isclose(facts.mpp, tiles.spec.mpp, rel_tol=0.02):
-        raise ValueError(
-            f"{run} was trained on tiles of {facts.size} px at {facts.mpp:g} um/px; {tileset} has {tiles.spec.size} px "
-            f"at {tiles.spec.mpp:g} um/px"
-        )
+    check_tiles(run, facts, tiles.spec)
     mesh = sharding.make_mesh()
-    trained, across = open_run(run, mesh), mesh.shape[sharding.DATA]
-    options: dict[str, Any] = {"batch": -(-batch // across) * across, "split": split}
+    trained = open_run(run, mesh)
+    options: dict[str, Any] = {"batch": batch, "split": split}
     options["partners"] = partners_of_embed(trained)
     found = embed_set(trained.method.embed, trained.params, trained.extra, tiles, mesh, **options)
     feature = feature or ("descriptor" if "descriptor" in found.features else "he")

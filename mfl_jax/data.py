@@ -66,18 +66,21 @@ def facts(reading: Any) -> Facts:
     return Facts(spec.size, spec.mpp, modalities, shapes, spec.label_names, examples, cases, **whole)
 
 
-def check_fits(spec: "Spec", facts: Facts, where: str) -> None:
-    """ValueError where an encoder that was trained on what `facts` say cannot look at the records of another set."""
+def of_spec(spec: "Spec") -> tuple[str, int, int]:
+    """What an encoder must know of the records of a set: kind, size and channels."""
+    return spec.he_kind, spec.size, spec.he_channels
+
+
+def of_facts(facts: Facts) -> tuple[str, int, int]:
     of = facts.modalities["he"]
-    has, wants = (spec.he_kind, spec.size, spec.he_channels), (of.kind, facts.size, of.channels)
-    if has != wants:
-        raise ValueError(f"{where} has {_in_words(*has)}; the encoder is trained on {_in_words(*wants)}")
+    return of.kind, facts.size, of.channels
 
 
-def _in_words(kind: str, size: int, channels: int) -> str:
-    return (
-        f"tiles of {size} px" if kind == "image" else f"regions of {size} x {size} tiles, {channels - 1} features each"
-    )
+def in_words(kind: str, size: int, channels: int, mpp: float | None = None) -> str:
+    if kind == "image":
+        return f"tiles of {size} px" + ("" if mpp is None else f" at {mpp:g} um/px")
+    side = "" if mpp is None else f" of {mpp:g} um"
+    return f"regions of {size} x {size} tiles{side} with {channels - 1} features each"
 
 
 def _examples(reading: Any, tileset: "TileSet") -> int:
@@ -164,12 +167,15 @@ def _host() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def abstract_batch(facts: Facts, batch: int, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    places = sharding.batch_sharding(mesh)
+def batch_shapes(facts: Facts, rows: int, places: jax.sharding.Sharding | None = None) -> dict[str, Any]:
     return {
-        name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=places)
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=places)
         for name, (shape, dtype) in facts.shapes.items()
     }
+
+
+def abstract_batch(facts: Facts, batch: int, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    return batch_shapes(facts, batch, sharding.batch_sharding(mesh))
 
 
 def checked(stream: Iterator[dict[str, np.ndarray]], facts: Facts, batch: int) -> Iterator[dict[str, np.ndarray]]:

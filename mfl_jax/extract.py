@@ -26,7 +26,7 @@ from tqdm import tqdm
 from input_pipeline.files import only_one
 from input_pipeline.ledger import Ledger
 from input_pipeline.pool import available_cores
-from input_pipeline.tile import write_status_table
+from input_pipeline.tile import Report, write_status_table
 from mfl_jax import sharding, store
 from mfl_jax.encoder import Encoder
 from mfl_jax.slides import Entry, Source, Tiles
@@ -35,17 +35,6 @@ from mfl_jax.store import Layout
 CHUNK = 16  # tiles that a thread reads at a time
 DEPTH = 2  # batches on the device besides the one that is being filled
 READING = ("read", "decode", "resample")
-
-
-@dataclass
-class Report:
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    ledger: Ledger = field(default_factory=Ledger)
-    kept: int = 0  # slides that were done already
-
-    @property
-    def failed(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["state"] == "failed"]
 
 
 def extract(
@@ -66,7 +55,7 @@ def extract(
         raise ValueError(f"batch and workers are at least 1, not {batch} and {workers}")
     if jax.process_count() > 1:
         raise ValueError("extraction runs in one process: give each host its part of the slides, and an --out")
-    out, report = Path(out), Report()
+    out, report = Path(out), Report([])
     if layout not in store.DTYPES:
         raise ValueError(f"layout is {layout!r}; allowed: {', '.join(store.DTYPES)}")
     place = Layout(layout, out, dtype or store.DTYPES[layout][0], encoder.name, encoder.digest)
@@ -263,8 +252,7 @@ class _Batch:
 def _run(
     work: Sequence[_Job], encoder: Encoder, size: int, batch: int, workers: int, mesh: Mesh, ledger: Ledger
 ) -> None:
-    across = mesh.shape[sharding.DATA]
-    rows = -(-batch // across) * across
+    rows = sharding.rows_for(batch, mesh)
     compiled = _compiled(encoder, size, rows, mesh)
     start, flying = perf_counter(), deque[tuple[_Batch, Future]]()
     device = ThreadPoolExecutor(1, "mfl-device")

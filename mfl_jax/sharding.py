@@ -41,6 +41,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
+def rows_for(batch: int, mesh: Mesh) -> int:
+    """The least number of rows, `batch` or more, that divides over the mesh; for passes that pad what is short."""
+    across = mesh.shape[DATA]
+    return -(-batch // across) * across
+
+
 def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """This host's rows -> global arrays over the mesh. Columns of text stay as they are, on the host.
 

@@ -93,13 +93,14 @@ def embed_set(
 ) -> Embedded:
     """Every tile of a split, with all columns of the tile set; slide and case as names.
 
-    `partners` are decoded and given to embed; leave them out unless the method needs them (an upper bound that sees
-    the partner at inference).
+    `batch` is rounded up to the devices. `partners` are decoded and given to embed; leave them out unless the method
+    needs them (an upper bound that sees the partner at inference).
     """
     from input_pipeline.stream import eval_stream
 
     host = (jax.process_index(), jax.process_count())
-    options: dict[str, Any] = {"batch": batch, "split": split, "partners": partners, "host": host}
+    rows = sharding.rows_for(batch, mesh)
+    options: dict[str, Any] = {"batch": rows, "split": split, "partners": partners, "host": host}
     with eval_stream(tileset, stall_timeout=stall_timeout, **options) as batches:
         found = embed_pass(embed, params, extra, batches, mesh)
     expected = tileset.ids(split)

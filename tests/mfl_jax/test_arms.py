@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from input_pipeline.tileset import Record, Spec, TileSet, finish, write_slide
-from mfl_jax import arms, cli, compare, methods, report, sharding, train, trained
+from mfl_jax import arms, cli, compare, data, methods, report, sharding, train, trained
 from mfl_jax.evaluators import LeakError, Task
 from tests.mfl_jax import synthetic, toy
 
@@ -140,8 +140,8 @@ def test_cases_that_a_run_was_trained_on_are_refused_in_the_test_split_of_any_se
 def test_tiles_of_another_scale_are_refused(runs, root, tmp_path):
     facts = json.loads((runs / "a" / "facts.json").read_text())
     for changed, message in (
-        ({"size": 64}, "trained on tiles of 64 px"),
-        ({"mpp": 1.0}, "trained at 1 um/px; the tile set"),
+        ({"size": 64}, "tiles of 64 px at 0.5"),
+        ({"mpp": 1.0}, "8 px at 1 um/px; the tile set"),
     ):
         run = tmp_path / str(len(message))
         (run / "checkpoints" / "3").mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_the_partners_that_an_upper_bound_needs_are_found():
         made = synthetic.tiny("supervised", words)
         facts = synthetic.facts(made.data)
         method = methods.make(arms.configs.Reading(made), facts, sharding.make_mesh())
-        params, extra = jax.eval_shape(method.init, jax.random.key(0), trained.batch_shapes(facts, 8))
+        params, extra = jax.eval_shape(method.init, jax.random.key(0), data.batch_shapes(facts, 8))
         run = trained.Trained("x", made, facts, method, params, extra, 0, Path(), "")
         assert arms.partners_of_embed(run) == wanted
 
