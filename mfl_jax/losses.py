@@ -326,8 +326,10 @@ def distribution_signs(
 def prototype_ce(student: Array, targets: Array, *, temperature: float = 0.1, mask: Array | None = None) -> Loss:
     """Cross-entropy of every student view [S, B, K] with ONE distribution a row [B, K], that of the row's prototype.
     The mask names the rows whose slide has prototypes; a batch without any costs 0."""
-    logs = student.astype(jnp.float32) / temperature
-    loss = masked_mean(jnp.mean(soft_xent(targets, logs), 0), mask)
+    rows = jnp.zeros(targets.shape[0])
+    for view in student:
+        rows += dual_xent(targets, 1, view.astype(jnp.float32) / temperature)
+    loss = masked_mean(rows / len(student), mask)
     return loss, {"eligible": masked_mean(jnp.ones(targets.shape[0]) if mask is None else mask * 1.0, None)}
 
 
