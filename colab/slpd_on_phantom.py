@@ -58,9 +58,10 @@ folders = levels.features(work, tile_runs)
 # the same network, crops, batch and steps.
 
 # %%
+OFF = "slpd.intra=0.0,slpd.inter=0.0"  # without its two terms SLPD is DINO
 SLPD = "DINO on regions, and both terms: 4 prototypes a slide, 1 neighbour"
 ARMS = (
-    Arm("dino", "HIPT: DINO on regions", "baseline", "large and small crops of every region", "dino_regions:"),
+    Arm("dino", "HIPT: DINO on regions", "baseline", "large and small crops of every region", f"slpd:{OFF}"),
     Arm("intra", "SLPD, intra alone", "ours", "DINO, and the prototypes of the own slide", "slpd:slpd.inter=0.0"),
     Arm("inter", "SLPD, inter alone", "ours", "DINO, and the prototypes of the neighbour", "slpd:slpd.intra=0.0"),
     Arm("slpd", "SLPD", "ours", SLPD, "slpd:"),

@@ -49,13 +49,11 @@ class Levels:
 
 
 LEVELS = {
-    "tiny": Levels(
-        Size("tiny", 64, 512, 12), Size("tiny", 64, 512, 12), side=4, step=2, seeds=1, folds=3, epochs=1, resamples=50
-    ),
+    "tiny": Levels(Size("tiny", 64, 512, 12), Size("tiny", 64, 512, 12), 4, 2, seeds=1, folds=3, epochs=1, resamples=50),
     "small": Levels(
-        Size("phantom", 64, 1024, 40, "total.steps=250"),
-        Size("phantom", 64, 1024, 40, "total.steps=250"),
-        side=4, step=2, seeds=3, folds=8, epochs=10,
+        Size("phantom", 64, 1536, 36, "total.steps=200"),
+        Size("phantom", 64, 1536, 36, "total.steps=200"),
+        side=8, step=4, seeds=3, folds=6, epochs=10,
     ),
     "full": Levels(
         Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
