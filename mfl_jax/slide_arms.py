@@ -62,7 +62,7 @@ def seen_cases(asked: Sequence[Asked], given: Mapping[str, Sequence[str]]) -> di
     found: dict[str, tuple[str, ...] | None] = {}
     for one in asked:
         own = _told(one)
-        told = [(*(own or ()), *given[one.name])] if one.name in given else [own]
+        told: list[tuple[str, ...] | None] = [(*(own or ()), *given[one.name]) if one.name in given else own]
         if one.tileset:
             told.append(trained.read_run(one.path)[1].train_cases)
         told.append(found.get(one.name, ()))

@@ -49,7 +49,10 @@ class Levels:
 
 
 LEVELS = {
-    "tiny": Levels(Size("tiny", 64, 512, 12), Size("tiny", 64, 512, 12), 4, 2, seeds=1, folds=3, epochs=1, resamples=50),
+    "tiny": Levels(
+        Size("tiny", 64, 512, 12), Size("tiny", 64, 512, 12), 4, 2,
+        seeds=1, folds=3, epochs=1, resamples=50,
+    ),
     "small": Levels(
         Size("phantom", 64, 1536, 36, "total.steps=200"),
         Size("phantom", 64, 1536, 36, "total.steps=200"),
