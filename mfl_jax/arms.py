@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mfl_jax import config as configs
 from mfl_jax import data, metrics, trained
 from mfl_jax.data import Facts
-from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, held_tiles
+from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, held_tiles, mean_of_tiles
 from mfl_jax.evaluators.tasks import Task, check_overlap
 from mfl_jax.findings import ArmRuns, Seed
 from mfl_jax.train import FREE, FREE_DATA
@@ -22,7 +22,7 @@ from mfl_jax.train import FREE, FREE_DATA
 if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
 
-BASELINES = ("random", "colour")
+BASELINES = ("random", "colour", "mean")
 NAME_LENGTH = 60
 
 
@@ -112,14 +112,15 @@ def collect(
     say: Callable[[str], None] = lambda line: None,
 ) -> Collected:
     """Every run embedded once, on all tiles of the set, or of a split. `baselines`: 'random', the first arm's encoder
-    before it has learnt anything; 'colour', statistics of the colours of a tile. A run that was trained on a task's own
-    target is scored on it by its own predictions.
+    before it has learnt anything; 'colour', statistics of the colours of a tile; 'mean', of the tile features of a
+    region. A run that was trained on a task's own target is scored on it by its own predictions.
     """
     arms: list[ArmRuns] = []
     columns: dict[str, np.ndarray] = {}
     digests: dict[str, str] = {}
     notes: list[str] = []
     untaught: list[Seed] = []
+    _check_baselines(baselines, tileset)
     held = held_tiles(tileset, mesh, batch=batch, split=split)
     embed = functools.partial(_embed, tileset=tileset, mesh=mesh, batch=batch, split=split, held=held)
     count = len(tileset.ids(split))
@@ -145,6 +146,10 @@ def collect(
     if "colour" in baselines:
         colours = Seed(0, embed(colour_statistics, {}, {}).features["he"])
         arms.append(ArmRuns("colour", "Colour statistics", "baseline", (colours,), "mean, spread and percentiles"))
+    if "mean" in baselines:
+        means = Seed(0, embed(mean_of_tiles, {}, {}).features["he"])
+        what = "the features of a region's tiles, averaged"
+        arms.append(ArmRuns("mean", "Mean of tile features", "baseline", (means,), what))
     return Collected(tuple(arms), columns, digests, tuple(notes))
 
 
@@ -152,6 +157,15 @@ def _embed(
     embed: Any, params: Any, extra: Any, *, held: Any, partners: tuple[str, ...] = (), **options: Any
 ) -> Embedded:
     return embed_set(embed, params, extra, partners=partners, held=None if partners else held, **options)
+
+
+def _check_baselines(baselines: Sequence[str], tileset: "TileSet") -> None:
+    kinds = {"colour": "image", "mean": "grid"}
+    if wrong := [name for name in baselines if kinds.get(name, tileset.spec.he_kind) != tileset.spec.he_kind]:
+        raise ValueError(
+            f"the baseline {wrong[0]!r} is for sets of kind {kinds[wrong[0]]!r}: of tiles there are random and colour, "
+            "of regions random and mean"
+        )
 
 
 def partners_of_embed(run: trained.Trained, feature: str = "he") -> tuple[str, ...]:

@@ -19,6 +19,8 @@ from input_pipeline.tileset import TileSet
 from input_pipeline.tileset.spec import decode_payload
 from mfl_jax.store import Sheet
 
+case_of = cohort.case_of
+
 
 class Tiles(Protocol):
     """An open slide; `read` may be called by many threads at once."""
@@ -79,12 +81,6 @@ def _named(path: Path) -> cohort.Slide:
     """The slide is called as its file is, and the case as well but for TCGA's, whose names begin with the patient."""
     stem = path.name.removesuffix(path.suffix).removesuffix(".ome")
     return cohort.Slide(stem, case_of(stem), path)
-
-
-def case_of(slide_id: str) -> str:
-    """Of a slide of which nothing but the name is known."""
-    patient = cohort.TCGA.match(slide_id)
-    return patient.group(1) if patient else slide_id
 
 
 # --- a folder that mfl tile wrote

@@ -91,6 +91,25 @@ def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarr
     return _one_against_rest(labels, scores, weights, _auc)
 
 
+def auc_within(strata: np.ndarray) -> Metric:
+    """`auc` of examples that are only compared within their stratum [N], such as the fold that tested them: pairs are
+    counted over all strata, so that fits of different folds need not agree in scale, and chance is 0.5 for any size."""
+    groups = [np.flatnonzero(strata == name) for name in np.unique(strata)]
+
+    def binary(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        right, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+        for rows in groups:
+            hits, misses = _by_threshold(positive[rows], score[rows], weights[:, rows])
+            right += (misses * (np.cumsum(hits, 1) - hits / 2)).sum(1)
+            pairs += misses.sum(1) * hits.sum(1)
+        return _ratio(right, pairs)
+
+    def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return _one_against_rest(labels, scores, weights, binary)
+
+    return auc
+
+
 def _average_precision(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     hits, misses = _by_threshold(positive, score, weights)
     found = np.cumsum(hits, 1)

@@ -144,7 +144,7 @@ def _add_eval(commands) -> None:
     )
     command.add_argument("--near-um", type=float, default=0.0, help="of distance_ratio: nearer pairs of tiles are near")
     command.add_argument("--far-um", type=float, default=0.0, help="of distance_ratio: farther pairs are far")
-    command.add_argument("--baselines", default="", help="random,colour")
+    command.add_argument("--baselines", default="", help="random, and colour of tiles or mean of regions")
     command.add_argument("--feature", default="he", help="of what the method embeds")
     command.add_argument("--batch", type=int, default=256)
     command.add_argument("--resamples", type=int, default=2000, help="of cases, for intervals")

@@ -1,5 +1,6 @@
 """The one pass over a set that all evaluators share: every example through `Method.embed` exactly once."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,13 @@ def colour_statistics(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -
     return {"he": jnp.concatenate(parts, 1)}
 
 
+def mean_of_tiles(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """In place of Method.embed, of grids of tile features: their mean over the tiles that are there, else 0."""
+    grid = batch["he"].astype(jnp.float32)
+    count = jnp.maximum(grid[..., -1].sum((1, 2)), 1.0)
+    return {"he": (grid[..., :-1] * grid[..., -1:]).sum((1, 2)) / count[:, None]}
+
+
 def held_tiles(
     tileset: "TileSet", mesh: Mesh, *, batch: int, split: str | None = None, most: int = HELD_BYTES
 ) -> list[dict[str, np.ndarray]] | None:
@@ -80,7 +88,8 @@ def held_tiles(
     bytes than `most`, or is read by several hosts."""
     from input_pipeline.stream import eval_stream
 
-    if len(tileset.ids(split)) * tileset.spec.size**2 * 3 > most or jax.process_count() > 1:
+    of_one = math.prod(tileset.spec.he_shape) * np.dtype(tileset.spec.he_dtype).itemsize
+    if len(tileset.ids(split)) * of_one > most or jax.process_count() > 1:
         return None
     with eval_stream(tileset, batch=sharding.rows_for(batch, mesh), split=split, partners=()) as batches:
         return list(batches)

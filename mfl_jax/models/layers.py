@@ -140,19 +140,30 @@ def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 gelu.defvjp(gelu_and_slope, lambda slope, g: (g * slope,))
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention of [B, N, heads, D]. Where cuDNN has it as one kernel the N x N weights never reach memory: a
-    sixth of all that a step of ViT-S/16 at 224 px reads and writes."""
-    if FLASH and q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and _has_flash():
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, there: jax.Array | None = None) -> jax.Array:
+    """Softmax attention of [B, N, heads, D] to the tokens that are `there` [B, N], at least one a row. Where cuDNN has
+    it as one kernel the N x N weights never reach memory: a sixth of all that a step of ViT-S/16 at 224 px reads and
+    writes."""
+    if (
+        FLASH
+        and there is None
+        and q.dtype == jnp.bfloat16
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+        and _has_flash()
+    ):
         return flash(q, k, v)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
-    weights = nn.softmax(logits.astype(jnp.float32), -1).astype(v.dtype)
+    logits = logits.astype(jnp.float32)
+    if there is not None:
+        logits = jnp.where(there[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    weights = nn.softmax(logits, -1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """jax refuses to differentiate it for an odd number of tokens: one is added, and left out by its length."""
-    count, options = q.shape[1], {}
+    count, options = q.shape[1], dict[str, Any]()
     if count % 2:
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
         length = jnp.full(len(q), count, jnp.int32)
@@ -257,9 +268,11 @@ class DropPath(nn.Module):
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
 
 
-def cubic_weights(old: int, new: int) -> np.ndarray:
-    """[new, old]: torch's bicubic interpolation (a = -0.75, half-pixel centres, clamped edges, no antialiasing)."""
-    a, centre = -0.75, (np.arange(new) + 0.5) * old / new - 0.5
+def cubic_weights(old: int, new: int, offset: float = 0.0) -> np.ndarray:
+    """[new, old]: torch's bicubic interpolation (a = -0.75, half-pixel centres, clamped edges, no antialiasing), by a
+    factor of (new + offset) / old. DINO and HIPT have an offset of 0.1, which moves what is read by up to that many
+    cells of `new`: weights that were trained so want the same."""
+    a, centre = -0.75, (np.arange(new) + 0.5) * old / (new + offset) - 0.5
     base = np.floor(centre).astype(int)
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
@@ -270,9 +283,9 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
     return weights
 
 
-def resize_grid(grid: jax.Array, height: int, width: int) -> jax.Array:
+def resize_grid(grid: jax.Array, height: int, width: int, offset: float = 0.0) -> jax.Array:
     """[h, w, D] -> [height, width, D] with torch's bicubic kernel, which `jax.image.resize` (a = -0.5) is not."""
-    rows, columns = cubic_weights(grid.shape[0], height), cubic_weights(grid.shape[1], width)
+    rows, columns = (cubic_weights(old, new, offset) for old, new in zip(grid.shape, (height, width), strict=False))
     exact = lax.Precision.HIGHEST
     half = jnp.einsum("Hh,hwd->Hwd", rows.astype(np.float32), grid, precision=exact)
     return jnp.einsum("Ww,Hwd->HWd", columns.astype(np.float32), half, precision=exact)

@@ -140,7 +140,10 @@ def test_cases_that_a_run_was_trained_on_are_refused_in_the_test_split_of_any_se
 
 def test_tiles_of_another_scale_are_refused(runs, root, tmp_path):
     facts = json.loads((runs / "a" / "facts.json").read_text())
-    for changed, message in (({"size": 64}, "tiles of 64 px at 0.5"), ({"mpp": 1.0}, "8 px at 1 um/px; the tile set")):
+    for changed, message in (
+        ({"size": 64}, "tiles of 64 px at 0.5"),
+        ({"mpp": 1.0}, "8 px at 1 um/px; the tile set"),
+    ):
         run = tmp_path / str(len(message))
         (run / "checkpoints" / "3").mkdir(parents=True)
         (run / "config.json").write_text((runs / "a" / "config.json").read_text())

@@ -36,6 +36,8 @@ MORE = [
     "moco:near",
     "moco:symmetric",
     "siamese:triplet",
+    "dino:resnet",
+    "dino:sinkhorn,registers",
     "mfl:all",
     "mfl:vicreg",
     "mfl:barlow,counts",
@@ -71,6 +73,12 @@ class Rig:
         return self.compiled(jax.tree.map(jnp.copy, state), sharding.put(batch, self.run.mesh))
 
 
+def refreshed(run: train.Plan, state: State, step: int) -> State:
+    """As the loop does it before a step."""
+    due = run.method.refresh is not None and run.method.refresh.due(step)
+    return train.refreshed(run, state)[0] if due else state
+
+
 @functools.cache
 def rig(case: str) -> Rig:
     config = configured(case)
@@ -82,7 +90,7 @@ def rig(case: str) -> Rig:
     compiled = train._compile(run, places, like, example)
     made = Rig(config, facts, run, like, compiled, [jax.device_get(state)], [], first, state)
     for step in range(STEPS):
-        state, values = made.step(state, made.batch(step))
+        state, values = made.step(refreshed(run, state, step), made.batch(step))
         made.states.append(jax.device_get(state))
         made.losses.append(float(values["loss"]))
     return replace(made, last=state)
@@ -123,7 +131,7 @@ def test_the_state_is_all_there_is(case, tmp_path):
         found = checkpoints.restore(made.like)
         checkpoints.close()
         synthetic.assert_same(made.states[step], found[1])
-        state, _ = made.step(found[1], made.batch(step))
+        state, _ = made.step(refreshed(made.run, found[1], step), made.batch(step))
     synthetic.assert_same(made.states[5], state)
 
 
@@ -207,6 +215,8 @@ def curve(count, **more):
     state, _ = train._start(run, Empty(), places, like, example)
     compiled, losses = train._compile(run, places, like, example), []
     for step in range(20):
+        if run.method.refresh is not None and run.method.refresh.due(step):
+            state, _ = train.refreshed(run, state)
         state, values = compiled(state, sharding.put(synthetic.batch(facts, step), run.mesh))
         assert not values["skipped"]
         losses.append(float(values["loss"]))

@@ -69,7 +69,7 @@ def raw_pixels(tileset: TileSet) -> float:
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_trained_encoder_beats_raw_pixels_and_itself_untrained(name, tileset, tmp_path):
-    config = configs.load(f"{synthetic.CONFIGS / name}.py:phantom,{WORDS.get(name, '')}")
+    config = configs.load(f"{synthetic.config_of(name)}:phantom,{WORDS.get(name, '')}")
     with config.unlocked():
         config.data.tileset, config.data.batch = str(tileset.root), BATCH
         config.total = type(config.total)({"steps": STEPS})
