@@ -133,8 +133,8 @@ def export(workdir: str | Path, out: str | Path) -> dict[str, Any]:
     Its features must be those of the run: ValueError, and no file, for a method whose 'he' is more than an encoder.
     """
     run, out = open_run(workdir), Path(out)
-    params, stats = (_encoder_part(tree, run) for tree in (run.params, run.extra))
-    view = _view(run)
+    params, stats = part_of(run)
+    view = view_of(run)
     _check_export(run, params, stats, view)
     statistics = next((c.args for c in view.calls if c.name == "normalise"), {"mean": (0.0,), "std": (1.0,)})
     mean, std = (np.broadcast_to(statistics[name], (3,)) for name in ("mean", "std"))
@@ -148,17 +148,22 @@ def export(workdir: str | Path, out: str | Path) -> dict[str, Any]:
     return {"architecture": name, "features": models.make(run.config.encoder).dim, "step": run.step}
 
 
-def _view(run: Trained) -> views.View:
+def view_of(run: Trained) -> views.View:
+    """What the H&E encoder sees of a tile in evaluation."""
     modality = run.facts.modalities["he"]
     size, channels = run.config.views.size, modality.channels
     return views.parse(run.config.views.eval, size=size, kind=modality.kind, channels=channels)
 
 
-def _encoder_part(tree: Any, run: Trained) -> Any:
-    part = tree.get("he")
-    if part is None:
+def part_of(run: Trained) -> tuple[Any, Any]:
+    """(params, statistics) of the H&E encoder alone: the teacher's, where that is what evaluators see of a DINO."""
+    found: tuple[Any, Any] = (run.params.get("he"), run.extra.get("he"))
+    if "dino" in run.config and run.config.dino.embed == "teacher":
+        found = (run.extra["teacher"]["params"], run.extra["teacher"]["stats"])
+    if None in found:
         raise ValueError(f"{run.path}: the method {run.config.method!r} keeps no H&E encoder under 'he'")
-    return part.get("encoder", part)
+    params, stats = (part.get("encoder", part) for part in found)
+    return params, stats
 
 
 def _check_export(run: Trained, params: Any, stats: Any, view: views.View) -> None:

@@ -1,4 +1,4 @@
-"""What lies in the features: tiles like one tile (search), and kinds of tile (clusters)."""
+"""What lies in an encoder: tiles like one tile (search), kinds of tile (clusters), what it attends to (attention)."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add(commands) -> None:
-    for add in (_add_search, _add_clusters):
+    for add in (_add_search, _add_clusters, _add_attention):
         add(commands)
 
 
@@ -161,4 +161,24 @@ def clusters(options: argparse.Namespace) -> int:
         print("\n".join((f"{result.unknown} tiles have no class and are left out of these", *result.agreement.notes)))
     written = sort.save(options.out, tiles, result)
     print(f"wrote {len(written)} files to {options.out}")
+    return 0
+
+
+def _add_attention(commands) -> None:
+    command = add_command(commands, "attention", attention, "a picture of what a trained ViT attends to")
+    command.add_argument("workdir", metavar="run", type=Path, help="the workdir of mfl train")
+    command.add_argument("--tileset", type=Path, required=True)
+    command.add_argument("--split", default="", help="tiles of this split of the tile set alone")
+    command.add_argument("--rows", type=int, default=4, help="tiles to draw (default 4)")
+    command.add_argument("--seed", type=int, default=0, help="which tiles")
+    command.add_argument("--out", type=Path, default=Path("attention.png"))
+
+
+def attention(options: argparse.Namespace) -> int:
+    """Draw a few tiles, and over them what the CLS token of the last block attends to, head by head."""
+    from input_pipeline.tileset import TileSet
+    from mfl_jax import attention
+
+    which = {"rows": options.rows, "split": options.split, "seed": options.seed}
+    print(f"wrote {attention.of_run(options.workdir, TileSet.open(options.tileset), options.out, **which)}")
     return 0
