@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,6 +55,18 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     options = {"seeds": 2, "more": "", "side_by_side": 2, "environment": {}, "tell": lambda text: None}
     with pytest.raises(TrainingFailed, match="mfl-1 failed: exit status 3"):
         arms.train_all(tmp_path, demo.SMALL, tmp_path / "set", **options)
+
+
+def test_programs_are_kept_beside_the_runs_or_where_the_user_has_them(tmp_path):
+    names = (demo.CACHE, "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update(demo.CACHE, None)
+        assert demo.keep_programs(tmp_path) == {names[0].upper(): str(tmp_path), names[1].upper(): "0.5"}
+        assert demo.keep_programs(tmp_path / "other")[names[0].upper()] == str(tmp_path)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def test_neighbours_are_of_other_cases_and_nearest_first():
