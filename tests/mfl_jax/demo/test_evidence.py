@@ -101,7 +101,7 @@ def judged(gain: tuple, short: tuple) -> dict:
             (0.2, -0.1, 0.3, 0.2),
             (-0.01, -0.05, 0.0, 1.0),
             "lifts 0 of 2 heads clearly",
-            "is likelier than not, and not",
+            "is likelier than not, and not shown.",
         ),
         ((-0.2, -0.3, -0.1, 0.01), (-0.2, -0.3, -0.1, 0.01), "and lowers 2 above", "not within 0.02 of it."),
         ((0.2, 0.1, 0.3, 0.01), (-0.03, -0.05, 0.0, 1.0), "lifts every head", "is unlikely, and not shown."),
