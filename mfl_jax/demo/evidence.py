@@ -55,12 +55,12 @@ SCALES = {
         paired=4, seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
     ),
     "small": Scale(
-        Size("phantom", 64, 1024, 40, "total.steps=250"),
+        Size("phantom", 64, 1024, 40, "total.steps=200"),
         paired=16, seeds=3, folds=4, inner=2, settings=mil.Settings(epochs=30, patience=6),
     ),
     "full": Scale(
-        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
-        paired=40, seeds=3, folds=5, inner=3, settings=mil.Settings(),
+        Size("phantom", 64, 2048, 80, "total.steps=600,data.batch=128"),
+        paired=32, seeds=3, folds=5, inner=3, settings=mil.Settings(),
     ),
 }  # fmt: skip
 
