@@ -2,9 +2,9 @@
 # # Tiles that find their like in other patients, on the phantom
 #
 # Gildenblat & Klaiman (arXiv 1905.08139) train on nothing but place: tiles that lie close together on a slide are
-# alike, tiles far apart are not. They measure two things: does a tile find tiles of its kind, and how much farther apart
-# are the descriptors of far tiles than those of near ones (ADDR)? Features of ImageNet and of a generic self-supervised
-# method are below theirs in both.
+# alike, tiles far apart are not. They measure two things: does a tile find tiles of its kind, and how much farther
+# apart are the descriptors of far tiles than those of near ones (ADDR)? Features of ImageNet and of a generic
+# self-supervised method are below theirs in both.
 #
 # Here both are measured on slides whose truth is known, against an encoder that has learnt nothing, statistics of
 # colour, MoCo v2, and SimCLR whose second view is a near tile: the modern form of the same idea (arXiv 2503.05170). A

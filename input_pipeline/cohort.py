@@ -276,3 +276,9 @@ def check(slides: list[Slide], source: Path) -> list[Slide]:
 
 def _alike(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold()
+
+
+def case_of(slide_id: str) -> str:
+    """Of a slide of which nothing but the name is known: TCGA's names begin with the patient."""
+    patient = TCGA.match(slide_id)
+    return patient.group(1) if patient else slide_id

@@ -2,7 +2,6 @@
 
 import fnmatch
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,15 @@ from ml_collections import ConfigDict
 from mfl_jax import config as configs
 from mfl_jax import data, metrics, trained
 from mfl_jax.data import Facts
-from mfl_jax.evaluation import ArmRuns, Seed
-from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, held_tiles, whole_batch
+from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, held_tiles, mean_of_tiles
 from mfl_jax.evaluators.tasks import Task, check_overlap
+from mfl_jax.findings import ArmRuns, Seed
 from mfl_jax.train import FREE, FREE_DATA
 
 if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
 
-BASELINES = ("random", "colour")
+BASELINES = ("random", "colour", "mean")
 NAME_LENGTH = 60
 
 
@@ -52,12 +51,7 @@ def look(paths: Sequence[Path], tileset: "TileSet", *, transductive: bool = Fals
     for run in runs:
         if not any(p.name.isdigit() for p in (run.path / "checkpoints").iterdir()):
             raise trained.RunError(f"{run.path} has no checkpoint yet")
-        size, mpp = run.facts.size, run.facts.mpp
-        if size != tileset.spec.size or not math.isclose(mpp, tileset.spec.mpp, rel_tol=0.02):
-            raise ValueError(
-                f"{run.path} was trained on tiles of {size} px at {mpp:g} um/px; the tile set has "
-                f"{tileset.spec.size} px at {tileset.spec.mpp:g} um/px"
-            )
+        trained.check_tiles(run.path, run.facts, tileset.spec)
         try:
             check_overlap(tileset.splits, run.facts.train_cases, transductive=transductive)
         except ValueError as error:
@@ -118,14 +112,15 @@ def collect(
     say: Callable[[str], None] = lambda line: None,
 ) -> Collected:
     """Every run embedded once, on all tiles of the set, or of a split. `baselines`: 'random', the first arm's encoder
-    before it has learnt anything; 'colour', statistics of the colours of a tile. A run that was trained on a task's own
-    target is scored on it by its own predictions.
+    before it has learnt anything; 'colour', statistics of the colours of a tile; 'mean', of the tile features of a
+    region. A run that was trained on a task's own target is scored on it by its own predictions.
     """
     arms: list[ArmRuns] = []
     columns: dict[str, np.ndarray] = {}
     digests: dict[str, str] = {}
     notes: list[str] = []
     untaught: list[Seed] = []
+    _check_baselines(baselines, tileset)
     held = held_tiles(tileset, mesh, batch=batch, split=split)
     embed = functools.partial(_embed, tileset=tileset, mesh=mesh, batch=batch, split=split, held=held)
     count = len(tileset.ids(split))
@@ -149,17 +144,28 @@ def collect(
         what = f"nothing: the encoder of {arms[0].title} as it was drawn"
         arms.append(ArmRuns("random", "Random encoder", "baseline", tuple(untaught), what))
     if "colour" in baselines:
-        colours = Seed(0, embed(colour_statistics, {}, {}, partners=()).features["he"])
+        colours = Seed(0, embed(colour_statistics, {}, {}).features["he"])
         arms.append(ArmRuns("colour", "Colour statistics", "baseline", (colours,), "mean, spread and percentiles"))
+    if "mean" in baselines:
+        means = Seed(0, embed(mean_of_tiles, {}, {}).features["he"])
+        what = "the features of a region's tiles, averaged"
+        arms.append(ArmRuns("mean", "Mean of tile features", "baseline", (means,), what))
     return Collected(tuple(arms), columns, digests, tuple(notes))
 
 
 def _embed(
-    embed: Any, params: Any, extra: Any, *, tileset: "TileSet", mesh: Any, batch: int, partners: Any, **rows: Any
+    embed: Any, params: Any, extra: Any, *, held: Any, partners: tuple[str, ...] = (), **options: Any
 ) -> Embedded:
-    if partners:
-        rows["held"] = None
-    return embed_set(embed, params, extra, tileset, mesh, batch=whole_batch(batch, mesh), partners=partners, **rows)
+    return embed_set(embed, params, extra, partners=partners, held=None if partners else held, **options)
+
+
+def _check_baselines(baselines: Sequence[str], tileset: "TileSet") -> None:
+    kinds = {"colour": "image", "mean": "grid"}
+    if wrong := [name for name in baselines if kinds.get(name, tileset.spec.he_kind) != tileset.spec.he_kind]:
+        raise ValueError(
+            f"the baseline {wrong[0]!r} is for sets of kind {kinds[wrong[0]]!r}: of tiles there are random and colour, "
+            "of regions random and mean"
+        )
 
 
 def partners_of_embed(run: trained.Trained, feature: str = "he") -> tuple[str, ...]:
@@ -167,7 +173,7 @@ def partners_of_embed(run: trained.Trained, feature: str = "he") -> tuple[str, .
 
     ValueError where the method has no such feature.
     """
-    shapes = trained.batch_shapes(run.facts, 2)
+    shapes = data.batch_shapes(run.facts, 2)
     embed = functools.partial(jax.eval_shape, run.method.embed, run.params, run.extra)
     seen: tuple[str, ...] = ()
     try:
@@ -225,4 +231,5 @@ def _arm(name: str, asked: Asked, seeds: tuple[Seed, ...], seen: tuple[str, ...]
     walls = [s.wall_s for s in seeds if s.wall_s is not None]
     budget |= {"wall_s": float(np.mean(walls))} if walls else {}
     # An encoder that was trained on the labels has seen all of them: few are no fewer for it.
-    return ArmRuns(name, name, kind, seeds, what, budget, ("few_label",) if supervised else ())
+    skip, share = (("few_label",), config.data.share) if supervised else ((), 1.0)
+    return ArmRuns(name, name, kind, seeds, what, budget, skip, share)

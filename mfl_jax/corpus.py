@@ -11,7 +11,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
-    from mfl_jax.data import Facts
     from mfl_jax.evaluators.embed import Embedded
 
 NAMES = ("tile", "slide", "case", "x", "y", "mpp", "side")
@@ -52,14 +51,14 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
     from input_pipeline.tileset import TileSet
     from mfl_jax import sharding
     from mfl_jax.arms import partners_of_embed
-    from mfl_jax.evaluators.embed import embed_set, whole_batch
-    from mfl_jax.trained import open_run, read_run
+    from mfl_jax.evaluators.embed import embed_set
+    from mfl_jax.trained import check_tiles, open_run, read_run
 
     tiles, (_, facts) = TileSet.open(tileset), read_run(Path(run))
-    check_tiles(run, facts, tileset, tiles)
+    check_tiles(run, facts, tiles.spec)
     mesh = sharding.make_mesh()
     trained = open_run(run, mesh)
-    options: dict[str, Any] = {"batch": whole_batch(batch, mesh), "split": split}
+    options: dict[str, Any] = {"batch": batch, "split": split}
     options["partners"] = partners_of_embed(trained)
     found = embed_set(trained.method.embed, trained.params, trained.extra, tiles, mesh, **options)
     feature = feature or ("descriptor" if "descriptor" in found.features else "he")
@@ -71,14 +70,6 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
 
     names = {"label": tuple(tiles.spec.label_names)} if tiles.spec.label_names else {}
     return Corpus(found.features[feature], columns_of(found, tiles), pictures, names)
-
-
-def check_tiles(run: Path, facts: "Facts", tileset: Path, tiles: "TileSet") -> None:
-    if facts.size != tiles.spec.size or not math.isclose(facts.mpp, tiles.spec.mpp, rel_tol=0.02):
-        raise ValueError(
-            f"{run} was trained on tiles of {facts.size} px at {facts.mpp:g} um/px; {tileset} has {tiles.spec.size} px "
-            f"at {tiles.spec.mpp:g} um/px"
-        )
 
 
 def columns_of(found: "Embedded", tiles: "TileSet") -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mfl_jax.corpus import Corpus, check_tiles, columns_of
+from mfl_jax.corpus import Corpus, columns_of
 from mfl_jax.evaluators import retrieval
 from mfl_jax.evaluators.retrieval import Retrieved
 
@@ -31,16 +31,16 @@ def embed(run: Path, tileset: Path, partner: str = "", *, batch: int = 256, spli
     """Projections of every tile of a split that has the partner. ValueError where the run compares nothing with it."""
     from input_pipeline.tileset import TileSet
     from mfl_jax import sharding
-    from mfl_jax.evaluators.embed import embed_set, whole_batch
-    from mfl_jax.trained import open_run
+    from mfl_jax.evaluators.embed import embed_set
+    from mfl_jax.trained import check_tiles, open_run
 
     tiles, mesh = TileSet.open(tileset), sharding.make_mesh()
     trained = open_run(run, mesh)
-    check_tiles(run, trained.facts, tileset, tiles)
+    check_tiles(run, trained.facts, tiles.spec)
     name = chosen(run, trained.method.align, partner)
     if name not in {p.name for p in tiles.spec.partners}:
         raise ValueError(f"{tileset} has no partner {name!r}; it has {', '.join(p.name for p in tiles.spec.partners)}")
-    options: dict[str, Any] = {"batch": whole_batch(batch, mesh), "split": split, "partners": (name,)}
+    options: dict[str, Any] = {"batch": batch, "split": split, "partners": (name,)}
     found = embed_set(trained.method.align[name], trained.params, trained.extra, tiles, mesh, **options)
     there = np.asarray(tiles.tiles[f"has_{name}"])[found.ids].astype(bool)
     if not there.any():

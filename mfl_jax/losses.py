@@ -249,47 +249,95 @@ def regression(
     return masked_mean(rows(kinds[kind]()), mask), {"mae": masked_mean(rows(size), mask)}
 
 
-def centred_targets(teacher: Array, centre: Array, temperature: float) -> Array:
+def centred_targets(teacher: Array, centre: Array, temperature: Any) -> Array:
     """DINO's teacher distribution: softmax((logits - centre) / T)."""
     return lax.stop_gradient(jax.nn.softmax((teacher.astype(jnp.float32) - centre) / temperature, -1))
 
 
-def next_centre(centre: Array, teacher: Array, momentum: float = 0.9, mask: Array | None = None) -> Array:
-    """The moving mean of the teacher's logits [..., B, K]; unchanged by a batch with no row."""
+def row_sums(teacher: Array, mask: Array | None = None) -> dict[str, Array]:
+    """What a centre needs of logits [..., B, K]: their sum over rows that count, and how many those are. Means of both
+    over slices of a batch still give the mean over all its rows, where means of means would not."""
     teacher = teacher.astype(jnp.float32)
     kept = jnp.ones(teacher.shape[:-1], bool) if mask is None else jnp.broadcast_to(mask, teacher.shape[:-1])
     total = jnp.sum(jnp.where(kept[..., None], teacher, 0.0), range(teacher.ndim - 1))
-    mean = total / jnp.maximum(jnp.sum(kept), 1)
-    return jnp.where(jnp.any(kept), momentum * centre + (1 - momentum) * mean, centre)
+    return {"total": total, "count": jnp.sum(kept).astype(jnp.float32)}
 
 
-def sinkhorn_targets(teacher: Array, temperature: float, iterations: int = 3) -> Array:
-    """Teacher distributions [B, K] of which each prototype gets an equal share, by Sinkhorn-Knopp on logarithms."""
+def next_centre(centre: Array, sums: dict[str, Array], momentum: float = 0.9) -> Array:
+    """The moving mean of the teacher's logits, from `row_sums` of a batch; unchanged by a batch with no row."""
+    count = sums["count"]
+    mean = sums["total"] / jnp.where(count > 0, count, 1.0)
+    return jnp.where(count > 0, momentum * centre + (1 - momentum) * mean, centre)
+
+
+def sinkhorn_targets(teacher: Array, temperature: Any, iterations: int = 3, mask: Array | None = None) -> Array:
+    """Teacher distributions [B, K] of which each prototype gets an equal share, by Sinkhorn-Knopp on logarithms.
+    Rows left out take no share, and are zeros."""
     logs = teacher.astype(jnp.float32) / temperature
+    kept = jnp.ones(logs.shape[0], bool) if mask is None else mask
+    logs = jnp.where(kept[:, None], logs, 0.0)
     for _ in range(iterations):
-        logs = logs - jax.nn.logsumexp(logs, 0, keepdims=True)
+        shares = jax.nn.logsumexp(logs, 0, where=kept[:, None])
+        logs = logs - jnp.where(jnp.any(kept), shares, 0.0)
         logs = logs - jax.nn.logsumexp(logs, 1, keepdims=True)
-    return lax.stop_gradient(jnp.exp(logs))
+    return lax.stop_gradient(jnp.where(kept[:, None], jnp.exp(logs), 0.0))
 
 
 def dino_ce(student: Array, targets: Array, *, temperature: float = 0.1, mask: Array | None = None) -> Loss:
     """Cross-entropy of student logits [S, B, K] with teacher distributions [T, B, K] over all pairs of different views:
-    student view i < T is the teacher's view i. `targets` comes from centred_targets or sinkhorn_targets."""
+    student view i < T is the teacher's view i. `targets` comes from centred_targets or sinkhorn_targets.
+
+    The targets of a student view are summed first, so that its logits, of which there are very many, are read once.
+    """
     views, teachers = student.shape[0], targets.shape[0]
     if views < 2:
         raise ValueError(f"a student that sees {views} view has no view to compare with; it takes 2 or more")
-    logs = student.astype(jnp.float32) / temperature
-    pairs = [masked_mean(soft_xent(targets[t], logs[s]), mask) for t in range(teachers) for s in range(views) if s != t]
-    entropy = masked_mean(-jnp.sum(jax.scipy.special.xlogy(targets, targets), -1).mean(0), mask)
-    loss = sum(pairs, jnp.float32(0)) / len(pairs)
+    rows, pairs = jnp.zeros(student.shape[1]), 0
+    for s in range(views):
+        others = [targets[t] for t in range(teachers) if t != s]
+        if others:
+            rows += dual_xent(sum(others[1:], others[0]), len(others), student[s].astype(jnp.float32) / temperature)
+            pairs += len(others)
+    loss = masked_mean(rows, mask) / pairs
+    entropy = masked_mean(entropy_of(targets).mean(0), mask)
     return loss, {"teacher_entropy": entropy, "divergence": loss - entropy}
+
+
+def dual_xent(target: Array, total: int, logits: Array) -> Array:
+    """-sum target log softmax(logits) for finite logits and a target whose sum is `total`. Both terms are positive, so
+    that nothing cancels at any scale."""
+    below = logits - lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    return total * jnp.log(jnp.sum(jnp.exp(below), -1)) - jnp.sum(target * below, -1)
+
+
+def entropy_of(distribution: Array) -> Array:
+    """In nats, over the last axis."""
+    return -jnp.sum(jax.scipy.special.xlogy(distribution, distribution), -1)
+
+
+def distribution_signs(
+    student: Array, targets: Array, *, temperature: float = 0.1, mask: Array | None = None
+) -> dict[str, Array]:
+    """Where a DINO goes wrong, of logits and distributions [T, B, K]: a teacher that is uniform (to_uniform, the
+    divergence of its rows from that, is 0), or one that says the same of all rows (mixture_entropy, of their mean, is
+    no more than teacher_entropy). student_entropy is what the student's own rows have. In nats, K at most e^H."""
+    targets, rows = lax.stop_gradient(targets), lax.stop_gradient(student.astype(jnp.float32)) / temperature
+    mixture = row_sums(targets, mask)
+    mixture_entropy = entropy_of(mixture["total"] / jnp.maximum(mixture["count"], 1.0))
+    return {
+        "student_entropy": masked_mean(entropy_of(jax.nn.softmax(rows, -1)).mean(0), mask),
+        "mixture_entropy": mixture_entropy,
+        "to_uniform": jnp.log(targets.shape[-1]) - masked_mean(entropy_of(targets).mean(0), mask),
+    }
 
 
 def prototype_ce(student: Array, targets: Array, *, temperature: float = 0.1, mask: Array | None = None) -> Loss:
     """Cross-entropy of every student view [S, B, K] with ONE distribution a row [B, K], that of the row's prototype.
     The mask names the rows whose slide has prototypes; a batch without any costs 0."""
-    logs = student.astype(jnp.float32) / temperature
-    loss = masked_mean(jnp.mean(soft_xent(targets, logs), 0), mask)
+    rows = jnp.zeros(targets.shape[0])
+    for view in student:
+        rows += dual_xent(targets, 1, view.astype(jnp.float32) / temperature)
+    loss = masked_mean(rows / len(student), mask)
     return loss, {"eligible": masked_mean(jnp.ones(targets.shape[0]) if mask is None else mask * 1.0, None)}
 
 

@@ -41,6 +41,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
+def rows_for(batch: int, mesh: Mesh) -> int:
+    """The least number of rows, `batch` or more, that divides over the mesh; for passes that pad what is short."""
+    across = mesh.shape[DATA]
+    return -(-batch // across) * across
+
+
 def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """This host's rows -> global arrays over the mesh. Columns of text stay as they are, on the host.
 
@@ -62,6 +68,11 @@ def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
                 raise ValueError(f"column {name!r} holds values beyond {narrow}: set jax_enable_x64, or leave it out")
         placed[name] = jax.make_array_from_process_local_data(sharding, array.astype(narrow, copy=False))
     return placed
+
+
+def put_whole(array: np.ndarray, places: NamedSharding) -> jax.Array:
+    """On the devices as `places` says: of an array that every process holds whole."""
+    return jax.make_array_from_callback(array.shape, places, lambda index: array[index])
 
 
 def prefetch(

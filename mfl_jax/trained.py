@@ -1,9 +1,10 @@
 """A run's folder, opened to be used: the method, and the parameters that were trained. No tile set is needed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -14,6 +15,9 @@ from mfl_jax import checkpoint, data, methods, sharding
 from mfl_jax.config import Reading
 from mfl_jax.data import Facts
 from mfl_jax.methods.base import Method
+
+if TYPE_CHECKING:
+    from input_pipeline.tileset import Spec
 
 
 class RunError(ValueError):
@@ -45,7 +49,7 @@ def open_run(workdir: str | Path, mesh: Mesh | None = None) -> Trained:
     reading = Reading(config)
     mesh = sharding.make_mesh() if mesh is None else mesh
     method = methods.make(reading, facts, mesh)
-    params, extra = jax.eval_shape(method.init, jax.random.key(0), batch_shapes(facts, reading.data.batch))
+    params, extra = jax.eval_shape(method.init, jax.random.key(0), data.batch_shapes(facts, reading.data.batch))
     averaged = "average" if reading.ema else "params"
     shapes = {averaged: params, "extra": extra}
     whole = NamedSharding(mesh, PartitionSpec())
@@ -54,14 +58,18 @@ def open_run(workdir: str | Path, mesh: Mesh | None = None) -> Trained:
     return Trained(reading.name, config, facts, method, tree[averaged], tree["extra"], step, workdir, digest)
 
 
-def batch_shapes(facts: Facts, rows: int) -> dict[str, Any]:
-    return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in facts.shapes.items()}
+def check_tiles(path: str | Path, facts: Facts, spec: "Spec") -> None:
+    """ValueError where tiles, or regions of them, are not of the kind, size and scale that the run was trained on."""
+    has, wants = data.of_spec(spec), data.of_facts(facts)
+    if has != wants or not math.isclose(facts.mpp, spec.mpp, rel_tol=0.02):
+        trained, given = data.in_words(*wants, facts.mpp), data.in_words(*has, spec.mpp)
+        raise ValueError(f"{path} was trained on {trained}; the tile set has {given}")
 
 
 def initial(run: Trained) -> tuple[Any, Any]:
     """(params, extra) that the run began with: what its encoder is without training."""
     key = jax.random.fold_in(jax.random.key(run.config.seed), 0)
-    rows = batch_shapes(run.facts, run.config.data.batch)
+    rows = data.batch_shapes(run.facts, run.config.data.batch)
     return jax.jit(lambda: run.method.init(key, rows))()
 
 

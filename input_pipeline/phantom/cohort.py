@@ -8,6 +8,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from .cells import TYPES
 from .counts import counts_csv
 from .layout import GRID, REGIONS, SUBTYPES, TISSUES
 from .render import IF_CHANNELS
-from .slide import Slide, draw_partner, draw_slide, paint, paint_nuclei
+from .slide import Slide, draw_partner, draw_slide, look_of, paint, paint_nuclei
 
 VERSION = 2  # of what is drawn: raise it whenever the same seed gives other pixels
 PARTNERS = {"if": "image", "ihc": "image", "nuclei": "map", "counts": "vector"}
@@ -136,6 +137,7 @@ def write_slide(out: Path, job: Job) -> dict[str, str]:
         "case_id": job.case_id,
         "label": SUBTYPES[job.subtype],
         "label_lesion": str(int(job.lesion)),
+        "label_stain": f"{look_of((job.seed, job.case, job.slide)).stain:.3f}",
     }
     row |= paths
     for p in job.partners:
@@ -247,7 +249,7 @@ def write_cohort(
     for folder in ("he", "truth", *PARTNERS):
         for stale in (out / folder).glob("*.part"):
             stale.unlink()
-    common = {"size": size, "mpp": mpp, "tissue": tissue, "partners": partners, "he_format": he_format}
+    common: dict[str, Any] = {"size": size, "mpp": mpp, "tissue": tissue, "partners": partners, "he_format": he_format}
     jobs = plan(cases, seed, paired=paired, prefix=prefix, **common)
     files.write_text(out / "regions.json", json.dumps({"mpp": GRID, "names": REGIONS, "cell_types": TYPES}, indent=1))
     rows = _run(out, jobs, workers, progress)

@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -79,22 +79,12 @@ def train_stream(
     _check_choice("balance", balance, (None, *_classes(tileset)))
     _check_choice("on_bad", on_bad, ("raise", "replace"))
     _check_int("seed", seed, 0, 2**63 - 1)
-    if balance and blocks:
-        raise StreamError("balance and blocks are two different orders: give one of them")
-    if not 0 < share <= 1:
-        raise StreamError(f"share is {share}; it is above 0, and 1 for every tile")
-    if share < 1 and (balance or blocks):
-        raise StreamError("a share of the tiles is drawn in uniform order alone: leave out balance and blocks")
+    _check_order(balance, blocks, share)
     plan, offsets = _plan(tileset, batch, host, split, partners, require, columns, on_bad, seed, by=balance)
     plan = replace(plan, selection=plan.selection.part(share)) if share < 1 else plan
     if batch > len(plan.selection):
         raise StreamError(f"batch {batch} is larger than the {len(plan.selection)} tiles used of split {split!r}")
-    if balance:
-        index = partial(order.balanced, seed=seed, offsets=offsets)
-    elif blocks:
-        index = partial(order.blockwise, seed=seed, size=len(plan.selection), block=blocks[0], window=blocks[1])
-    else:
-        index = partial(order.uniform, seed=seed, size=len(plan.selection))
+    index = _index(len(plan.selection), seed, balance, blocks, offsets)
     near = None if near_um is None else Neighbours(tileset, near_um)
     far = None if far_um is None else Neighbours(tileset, np.inf, _checked_far(far_um))
     plan = replace(plan, index=index, near=near, far=far)
@@ -111,6 +101,27 @@ def train_stream(
     stream = Stream(plan, executor, threads, prefetch, stall_timeout, identity, start_step=step)
     stream.overridden = changed
     return stream
+
+
+def _check_order(balance: str | None, blocks: tuple[int, int] | None, share: float) -> None:
+    if balance and blocks:
+        raise StreamError("balance and blocks are two different orders: give one of them")
+    if not 0 < share <= 1:
+        raise StreamError(f"share is {share}; it is above 0, and 1 for every tile")
+    if share < 1 and (balance or blocks):
+        raise StreamError("a share of the tiles is drawn in uniform order alone: leave out balance and blocks")
+
+
+def _index(
+    size: int, seed: int, balance: str | None, blocks: tuple[int, int] | None, offsets: np.ndarray | None
+) -> Callable:
+    """Positions -> places among the tiles used."""
+    if balance:
+        assert offsets is not None
+        return partial(order.balanced, seed=seed, offsets=offsets)
+    if blocks:
+        return partial(order.blockwise, seed=seed, size=size, block=blocks[0], window=blocks[1])
+    return partial(order.uniform, seed=seed, size=size)
 
 
 def eval_stream(

@@ -28,8 +28,8 @@ from mfl_jax import compare, evaluation, report, sharding
 from mfl_jax import config as configs
 from mfl_jax.bags import Bags, Table, from_embedded, of_cases, read_table, with_cases
 from mfl_jax.demo.arms import Arm, Size, spec, train_all
-from mfl_jax.evaluation import ArmRuns, Seed
 from mfl_jax.evaluators import Embedded, Task, mil
+from mfl_jax.findings import ArmRuns, Seed
 from mfl_jax.report import tables
 from mfl_jax.sweep import TRAIN
 
@@ -185,7 +185,8 @@ def slide_arms(
                 study = mil.study({arm.name: bags}, table, heads, pretrained=seed.pretrained, **chosen)
                 stored = {one.head: one.result.scores for one in study.arms}
                 with whole(kept) as part, open(part, "wb") as file:
-                    np.savez(file, key=_key(found, table), **stored)
+                    kept_arrays: dict[str, Any] = {"key": _key(found, table), **stored}
+                    np.savez(file, **kept_arrays)
             for head in heads:
                 scores[head].append(stored[head])
         for head in heads:

@@ -1,5 +1,6 @@
 """The one pass over a set that all evaluators share: every example through `Method.embed` exactly once."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,13 @@ def colour_statistics(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -
     return {"he": jnp.concatenate(parts, 1)}
 
 
+def mean_of_tiles(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """In place of Method.embed, of grids of tile features: their mean over the tiles that are there, else 0."""
+    grid = batch["he"].astype(jnp.float32)
+    count = jnp.maximum(grid[..., -1].sum((1, 2)), 1.0)
+    return {"he": (grid[..., :-1] * grid[..., -1:]).sum((1, 2)) / count[:, None]}
+
+
 def held_tiles(
     tileset: "TileSet", mesh: Mesh, *, batch: int, split: str | None = None, most: int = HELD_BYTES
 ) -> list[dict[str, np.ndarray]] | None:
@@ -80,16 +88,11 @@ def held_tiles(
     bytes than `most`, or is read by several hosts."""
     from input_pipeline.stream import eval_stream
 
-    if len(tileset.ids(split)) * tileset.spec.size**2 * 3 > most or jax.process_count() > 1:
+    of_one = math.prod(tileset.spec.he_shape) * np.dtype(tileset.spec.he_dtype).itemsize
+    if len(tileset.ids(split)) * of_one > most or jax.process_count() > 1:
         return None
-    with eval_stream(tileset, batch=whole_batch(batch, mesh), split=split, partners=()) as batches:
+    with eval_stream(tileset, batch=sharding.rows_for(batch, mesh), split=split, partners=()) as batches:
         return list(batches)
-
-
-def whole_batch(batch: int, mesh: Mesh) -> int:
-    """At least `batch`, and as many rows on each device."""
-    across = mesh.shape[sharding.DATA]
-    return -(-batch // across) * across
 
 
 def embed_set(
@@ -107,8 +110,9 @@ def embed_set(
 ) -> Embedded:
     """Every tile of a split, with all columns of the tile set; slide and case as names.
 
-    `partners` are decoded and given to embed; leave them out unless the method needs them (an upper bound that sees
-    the partner at inference). `held` are the batches of `held_tiles`, which are not read again.
+    `batch` is rounded up to the devices. `partners` are decoded and given to embed; leave them out unless the method
+    needs them (an upper bound that sees the partner at inference). `held` are the batches of `held_tiles`, which are
+    not read again.
     """
     from input_pipeline.stream import eval_stream
 
@@ -116,7 +120,8 @@ def embed_set(
         found = embed_pass(embed, params, extra, held, mesh)
     else:
         host = (jax.process_index(), jax.process_count())
-        options: dict[str, Any] = {"batch": batch, "split": split, "partners": partners, "host": host}
+        rows = sharding.rows_for(batch, mesh)
+        options: dict[str, Any] = {"batch": rows, "split": split, "partners": partners, "host": host}
         with eval_stream(tileset, stall_timeout=stall_timeout, **options) as batches:
             found = embed_pass(embed, params, extra, batches, mesh)
     expected = tileset.ids(split)

@@ -78,19 +78,11 @@ def evaluate(
     queries, notes = _drawn(bank, most, seed, "queries")
     group, label = np.unique(np.asarray(columns[across])[bank], return_inverse=True)[1], target[bank]
     asked = np.searchsorted(bank, queries)
-    options: dict[str, Any] = {"k": max(*ks, depth), "exclude": [(group[asked], group)]}
-    _, index = topk.search(features[queries], features[bank], **options)
-    hit = (index >= 0) & (label[np.maximum(index, 0)] == label[asked][:, None])
-    table = np.zeros((label.max() + 1, group.max() + 1), np.int64)
-    np.add.at(table, (label, group), 1)
-    right = table[label[asked]].sum(1) - table[label[asked], group[asked]]
-    allowed = len(bank) - table.sum(0)[group[asked]]
-    there = right > 0
+    each, there, chance = answers(features[bank], label, group, asked, ks, depth)
     if not there.any():
         raise ValueError(
             f"task {task.name!r}: none of {len(queries)} queries has an answer in another {across} of split {split!r}"
         )
-    each = _each(hit[there], right[there], ks, depth)
     cases = np.asarray(columns["case"])[queries]
     metrics, more = _intervals(each, cases[there], "", resamples, seed)
     counts = {"bank": len(bank), "queries": len(queries), "without_answer": int((~there).sum()), "unknown": unknown}
@@ -102,11 +94,28 @@ def evaluate(
         counts |= {"positive_queries": int(positive.sum()), "positive_without_answer": int((positive & ~there).sum())}
     if counts["without_answer"]:
         more += (f"{counts['without_answer']} of {len(queries)} queries have no answer in another {across}",)
-    chance = {f"recall_{k}": _chance(right[there], allowed[there], k) for k in ks}
     mode = "transductive" if seen else "inductive"
     notes = seen + notes + more
     two = positive[there] if target[known].max() == 1 else None
     return Retrieved(task.name, metrics, chance, counts, each, cases[there], queries[there], mode, notes, two)
+
+
+def answers(
+    features: np.ndarray, label: np.ndarray, group: np.ndarray, asked: np.ndarray, ks: Sequence[int], depth: int = DEPTH
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:
+    """Rows `asked` of a bank ask for rows of their label in another group (both numbered from 0): values by metric of
+    those queries that have an answer, which they are (bool, of `asked`), and the recall of answers in random order.
+    """
+    options: dict[str, Any] = {"k": max(*ks, depth), "exclude": [(group[asked], group)]}
+    _, index = topk.search(features[asked], features, **options)
+    hit = (index >= 0) & (label[np.maximum(index, 0)] == label[asked][:, None])
+    table = np.zeros((label.max() + 1, group.max() + 1), np.int64)
+    np.add.at(table, (label, group), 1)
+    right = table[label[asked]].sum(1) - table[label[asked], group[asked]]
+    allowed = len(label) - table.sum(0)[group[asked]]
+    there = right > 0
+    chance = {f"recall_{k}": _chance(right[there], allowed[there], k) for k in ks} if there.any() else {}
+    return _each(hit[there], right[there], ks, depth), there, chance
 
 
 def cross_modal(

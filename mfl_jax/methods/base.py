@@ -2,15 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from mfl_jax.evaluators.embed import Embedded
+    from mfl_jax.step import State
 
 Params = Any
 Extra = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Survey = Callable[[Callable[[Params, Extra, Batch], dict[str, jax.Array]], Params, Extra], "Embedded"]
 
 
 def mean_of_slices(outs: Any) -> Any:
@@ -20,10 +25,19 @@ def mean_of_slices(outs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Refresh:
-    """`fn(state) -> extra`, before every step that is a multiple of `every`; it may go over the whole set."""
+    """`fn(state, survey) -> extra, metrics`, before step `start` and every `every` steps from there on.
+
+    `survey(embed, params, extra)` shows embed every example of the training split once and returns what it gave, with
+    ids, slides and labels, all of it on every process. fn is a function of the state and the split, and of nothing
+    else: a run that is resumed at that step calls it again. What it returns lies on the devices as what was there.
+    """
 
     every: int
-    fn: Callable[..., Extra]
+    start: int
+    fn: Callable[["State", "Survey"], tuple[Extra, Mapping[str, float]]]
+
+    def due(self, step: int) -> bool:
+        return step >= self.start and (step - self.start) % self.every == 0
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,22 @@ def view_plan(reading: Any, facts: Facts, *names: str) -> views.Plan:
     return views.plan(specs, sized, paired_geometry=reading.views.paired_geometry)
 
 
+def crop_plan(reading: Any, facts: Facts) -> views.Plan:
+    """Large and small crops of the same tile: views.he, and views.local of side views.local_size, where it is not ''.
+    Their keys differ by name, so that the first small crop is not drawn as the first large one."""
+    of, size = facts.modalities["he"], reading.views.size
+    specs, sizes = {"he": reading.views.he}, {"he": size, "local": reading.views.local_size}
+    if reading.views.local:
+        specs["local"] = reading.views.local
+    return views.plan(specs, {n: views.Modality(of.kind, of.channels, sizes[n]) for n in specs}, paired_geometry=False)
+
+
+def crops(plan: views.Plan, rng: jax.Array, batch: Batch) -> list[jax.Array]:
+    """All views of a crop_plan, the large ones first."""
+    seen = plan(rng, dict.fromkeys(("he", "local"), batch["he"]))
+    return [*seen["he"], *seen.get("local", ())]
+
+
 def eval_view(reading: Any, facts: Facts, name: str = "he") -> Callable[[jax.Array], jax.Array]:
     """The view of evaluation: views.eval (views.eval_<partner>), in which nothing is random."""
     spec = getattr(reading.views, "eval" if name == "he" else f"eval_{name}")

@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mfl_jax.models import resnet, vit
+from mfl_jax.models import attention, grid_vit, resnet, vit
 from mfl_jax.models.compact import Compact
-from mfl_jax.models.heads import Layers, PaperHead
+from mfl_jax.models.heads import DinoHead, Directions, Layers, PaperHead
 from mfl_jax.trees import overview
 
 __all__ = ["Model", "describe", "make", "make_head"]
@@ -32,16 +32,18 @@ class Model:
 
     apply(params, stats, x, *, train, rng=None, dtype=float32, maps=False) -> (features [B, dim] float32, new stats), or
     with maps=True -> (features, maps [B, h, w, channels]). rng is needed while training with dropout or drop path only.
+    attention(params, x, *, dtype=float32) -> [B, heads, h, w], of the CLS token in the last block; None of a convnet.
     """
 
     init: Callable[..., tuple[Any, Any]]
     apply: Callable[..., tuple[Any, Any]]
     dim: int
     name: str
+    attention: Callable[..., jax.Array] | None = None
 
 
 def make(spec: str, **overrides: Any) -> Model:
-    """An encoder: resnet18|26|50, vit_{ti,s,b}{8,14,16}, compact, mlp; `overrides` win over the spec."""
+    """An encoder: resnet18|26|50, vit_{ti,s,b}{8,14,16}, grid_vit, compact, mlp; `overrides` win over the spec."""
     name, settings = parse(spec)
     builder = choose(name, ENCODERS, "encoder")
     return builder(name, **check(builder, settings | overrides, spec))
@@ -49,7 +51,7 @@ def make(spec: str, **overrides: Any) -> Model:
 
 def make_head(spec: str, in_dim: int) -> Model:
     """A network over vectors of length in_dim: projector, predictor (hidden layer, back to in_dim), linear,
-    classifier (the paper's BN - 256 - BN)."""
+    classifier (the paper's BN - 256 - BN), dino (GELU between), directions (cosines with `out` of them)."""
     name, settings = parse(spec)
     builder = choose(name, HEADS, "head")
     return builder(name, in_dim=in_dim, **check(builder, settings, spec))
@@ -150,7 +152,10 @@ def from_module(module: Any, dim: int, name: str) -> Model:
             raise ValueError(f"{name} works on vectors: it has no maps")
         return (features, grid) if maps else (features, stats)
 
-    return Model(init, apply, dim, name)
+    def attend(params: Any, x: jax.Array, *, dtype: Any = jnp.float32) -> jax.Array:
+        return attention.of_cls(module.clone(dtype=dtype), params, x)
+
+    return Model(init, apply, dim, name, attend if isinstance(module, vit.ViT) else None)
 
 
 def build_resnet(
@@ -178,17 +183,38 @@ def build_vit(
     features: int = 0,
     blocks: int = 0,
     heads: int = 0,
+    pos_offset: float = 0.0,
 ) -> Model:
-    """features, blocks and heads, where not 0, replace those of the named size."""
+    """features, blocks and heads, where not 0, replace those of the named size. Weights of DINO want pos_offset=0.1."""
     size, patch = re.fullmatch(r"vit_([a-z]+)(\d+)", name).groups()  # type: ignore[union-attr]
     d, n, h = (given or usual for given, usual in zip((features, blocks, heads), vit.SIZES[size], strict=True))
-    if d % h:
-        raise ValueError(f"{name}: {d} features cannot be shared by {h} heads")
+    _check_blocks(name, d, h, pool, drop_path, dropout)
+    return from_module(vit.ViT(d, n, h, int(patch), registers, pool, drop_path, dropout, remat, pos_offset), d, name)
+
+
+def build_grid_vit(
+    name: str,
+    *,
+    features: int = 192,
+    blocks: int = 6,
+    heads: int = 6,
+    pool: str = "cls",
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+    remat: bool = False,
+) -> Model:
+    """Over grids of tile features; the numbers are HIPT's."""
+    _check_blocks(name, features, heads, pool, drop_path, dropout)
+    return from_module(grid_vit.GridViT(features, blocks, heads, pool, drop_path, dropout, remat), features, name)
+
+
+def _check_blocks(name: str, features: int, heads: int, pool: str, drop_path: float, dropout: float) -> None:
+    if features % heads:
+        raise ValueError(f"{name}: {features} features cannot be shared by {heads} heads")
     if pool not in ("cls", "mean"):
         raise ValueError(f"{name}: pool is cls or mean, not {pool!r}")
     if max(drop_path, dropout) >= 1:
         raise ValueError(f"{name}: drop_path and dropout are below 1, not {drop_path} and {dropout}")
-    return from_module(vit.ViT(d, n, h, int(patch), registers, pool, drop_path, dropout, remat), d, name)
 
 
 def build_compact(
@@ -225,6 +251,23 @@ def build_predictor(name: str, *, in_dim: int, hidden: int = 512, bn: bool = Tru
     return from_module(Layers((hidden, in_dim), bn, bn_groups=bn_groups), in_dim, name)
 
 
+def build_dino(
+    name: str,
+    *,
+    in_dim: int,
+    hidden: int = 2048,
+    layers: int = 3,
+    bottleneck: int = 256,
+    bn: bool = False,
+    bn_groups: int = 1,
+) -> Model:
+    return from_module(DinoHead((hidden,) * (layers - 1) + (bottleneck,), bn, bn_groups), bottleneck, name)
+
+
+def build_directions(name: str, *, in_dim: int, out: int = 65536) -> Model:
+    return from_module(Directions(out), out, name)
+
+
 def build_linear(name: str, *, in_dim: int, out: int = 2) -> Model:
     return from_module(Layers((out,)), out, name)
 
@@ -236,6 +279,7 @@ def build_classifier(name: str, *, in_dim: int, out: int = 2, hidden: int = 256,
 ENCODERS = {
     **{f"resnet{depth}": build_resnet for depth in resnet.DEPTHS},
     **{f"vit_{size}{patch}": build_vit for size in vit.SIZES for patch in (8, 14, 16)},
+    "grid_vit": build_grid_vit,
     "compact": build_compact,
     "mlp": build_mlp,
 }
@@ -243,5 +287,7 @@ HEADS = {
     "projector": build_projector,
     "predictor": build_predictor,
     "linear": build_linear,
+    "dino": build_dino,
+    "directions": build_directions,
     "classifier": build_classifier,
 }

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
-from mfl_jax.models.layers import BatchNorm, Dense
+from mfl_jax.models.layers import BatchNorm, Dense, gelu
 
 
 class Layers(nn.Module):
@@ -34,10 +35,50 @@ class Layers(nn.Module):
             bn = self.bn if inner else self.last_bn
             x = Dense(width, use_bias=not bn, dtype=self.dtype, name=f"dense{i}")(x)
             if bn:
-                x = BatchNorm(**norm, affine=inner, name=f"bn{i}")(x, train)
+                x = BatchNorm(**norm, affine=inner, relu=inner, name=f"bn{i}")(x, train)
             if inner:
-                x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+                x = nn.Dropout(self.dropout, deterministic=not train)(x if bn else nn.relu(x))
         return x.astype(jnp.float32), None
+
+
+class DinoHead(nn.Module):
+    """[B, D] -> [B, widths[-1]]: dense layers with (BatchNorm and) GELU between them, as DINO has them before its
+    last layer. That is `Directions`, of these rows made of length 1.
+
+    Kernels start with 1/sqrt(inputs), which is the papers' 0.02 at 2,048: with that, a small head would give rows so
+    short that to make them of length 1 multiplies gradients by thousands."""
+
+    widths: tuple[int, ...]
+    bn: bool = False
+    bn_groups: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, None]:
+        x = x.astype(self.dtype)
+        for i, width in enumerate(self.widths):
+            inner = i + 1 < len(self.widths)
+            bn = self.bn and inner
+            x = Dense(width, use_bias=not bn, dtype=self.dtype, name=f"dense{i}")(x)
+            if bn:
+                x = BatchNorm(groups=self.bn_groups, dtype=self.dtype, name=f"bn{i}")(x, train)
+            x = gelu(x) if inner else x
+        return x.astype(jnp.float32), None
+
+
+class Directions(nn.Module):
+    """[B, D] -> [B, out]: the cosine with each of `out` directions, for rows of length 1. A weight-normed layer without
+    bias whose gain is fixed at 1: the length of a column of the kernel means nothing."""
+
+    out: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, None]:
+        start = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        kernel = self.param("kernel", start, (x.shape[-1], self.out), jnp.float32)
+        unit = kernel * lax.rsqrt(jnp.maximum(jnp.sum(kernel * kernel, 0), 1e-24))
+        return jnp.matmul(x.astype(self.dtype), unit.astype(self.dtype), preferred_element_type=jnp.float32), None
 
 
 class PaperHead(nn.Module):

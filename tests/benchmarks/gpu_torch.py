@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from gpu_common import CHANNELS, GIB, RESNETS, VITS, Row, at, timed
+from gpu_common import CHANNELS, GIB, RESNETS, VITS, Job, Phases, Row, at, timed
 from torch import nn
 from torch.nn import functional as f
 
@@ -108,26 +108,25 @@ def clip_each(params: list[nn.Parameter]) -> None:
     torch._foreach_mul_(grads, factors)
 
 
-def step(model: str, batch: int, sizes: dict[str, Any], remat: bool, eager: bool) -> Row:
-    on_gpu = torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def step(job: Job, sizes: Row) -> Phases:
+    on_gpu, model = torch.cuda.is_available(), job.what
+    device, remat = "cuda" if on_gpu else "cpu", "remat" in job.words
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     towers = [tower(model, sizes, CHANNELS[name], remat) for name in ("he", "if")]
+    yield None
+    at("moving to the device")
     towers = [t.to(device, memory_format=torch.channels_last).train() for t in towers]
     params = [p for t in towers for p in t.parameters()]
     adam = torch.optim.Adam(params, 1e-4, fused=on_gpu or None)
     sides = (sizes["px"], sizes["px"])
     images = [
-        torch.randint(0, 256, (batch, *sides, CHANNELS[name]), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        torch.randint(0, 256, (job.size, *sides, CHANNELS[name]), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
         for name in ("he", "if")
     ]
-    loss, held = pair_loss(towers, device, batch), {}
-    compiled = loss if eager else torch.compile(loss)
+    loss, held = pair_loss(towers, device, job.size), {}
+    compiled = loss if "eager" in job.words else torch.compile(loss)
 
     def run() -> None:
         adam.zero_grad(set_to_none=True)
@@ -137,12 +136,16 @@ def step(model: str, batch: int, sizes: dict[str, Any], remat: bool, eager: bool
         adam.step()
 
     wait = torch.cuda.synchronize if on_gpu else lambda: None
-    at(f"{'running' if eager else 'compiling'} the first step")
+    at("compiling, with the first step")
     start = time.perf_counter()
     run()
     wait()
     row: Row = {"compile_s": time.perf_counter() - start, "params": sum(p.numel() for p in params)}
+    if on_gpu:
+        torch.cuda.empty_cache()  # another process may measure before us
+        torch.cuda.reset_peak_memory_stats()
+    yield None
     at("measuring")
-    row |= timed(run, wait, sizes["seconds"])
+    row |= timed(run, wait, sizes["calls"])
     row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB if on_gpu else None
-    return row | {"loss": float(held["loss"].detach()), "skipped": 0}
+    yield row | {"loss": float(held["loss"].detach()), "skipped": 0}
