@@ -54,8 +54,10 @@ def made(tmp_path, pretrained=("seen",)):
 
 def test_heads_on_encoders_become_arms_and_are_not_trained_twice(tmp_path, compile_cache, monkeypatch):
     work, found, table = made(tmp_path)
-    arms = evidence.slide_arms(work, found, table, "lesion", ("maxpool",), say=lambda line: None)
-    assert [(arm.name, len(arm.seeds)) for arm in arms] == [("good/maxpool", 2), ("dull/maxpool", 2)]
+    heads = ("maxpool", "meanpool")
+    arms = evidence.slide_arms(work, found, table, "lesion", heads, say=lambda line: None)
+    names = [f"{encoder}/{head}" for encoder in ("good", "dull") for head in heads]
+    assert [(arm.name, len(arm.seeds)) for arm in arms] == [(name, 2) for name in names]
     arms.append(evidence.ceiling(found, "good", "tile", table, "lesion", top=1))
     pairs = [("good/maxpool", "dull/maxpool"), ("good/maxpool", "good/top1")]
     judged = evidence.judge_slides(work, Tiles, table, "lesion", arms, pairs)
@@ -65,7 +67,7 @@ def test_heads_on_encoders_become_arms_and_are_not_trained_twice(tmp_path, compi
     assert auc["good/maxpool"] > 0.8 > auc["dull/maxpool"]
     assert "1 cases" not in judged["intervals"]
     monkeypatch.setattr(evidence.mil, "study", lambda *given, **more: pytest.fail("trained again"))
-    again = evidence.slide_arms(work, found, table, "lesion", ("maxpool",), say=lambda line: None)
+    again = evidence.slide_arms(work, found, table, "lesion", heads, say=lambda line: None)
     for one, other in zip(arms, again, strict=False):
         np.testing.assert_array_equal(one.seeds[1].predictions["lesion"], other.seeds[1].predictions["lesion"])
     assert evidence._stored(tmp_path / "none.npz", found, table, ("maxpool",)) == {}
