@@ -152,7 +152,18 @@ def features(
     for arm in made.arms:
         known = words.get(arm.name)
         told.append(replace(arm, title=known.title, kind=known.kind, what=known.what) if known else arm)
-    return Found(tuple(told), made.columns, made.digests, made.notes)
+    ranks = (f"{arm.title} {np.mean([effective_rank(s.features) for s in arm.seeds]):.1f}" for arm in told)
+    spread = f"Effective rank of the features, each scaled to deviation 1 (mean over seeds): {', '.join(ranks)}."
+    tell(spread)
+    return Found(tuple(told), made.columns, made.digests, (*made.notes, spread))
+
+
+def effective_rank(features: np.ndarray, rows: int = 4000) -> float:
+    """The participation ratio of the spectrum of a part of the rows: how many directions the features make use of."""
+    x = np.asarray(features[:: max(1, len(features) // rows)], np.float64)
+    x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)
+    power = np.linalg.eigvalsh(x.T @ x)
+    return float(power.sum() ** 2 / np.square(power).sum())
 
 
 def named(arm: ArmRuns, name: str, title: str) -> ArmRuns:
@@ -191,8 +202,10 @@ def slide_arms(
                     np.savez(file, **kept_arrays)
             for head in heads:
                 scores[head].append(stored[head])
-        for head in heads:
+        for number, head in enumerate(heads):
             runs = tuple(_seed(s, task, x) for s, x in zip(arm.seeds, scores[head], strict=True))
+            if number:
+                runs = tuple(replace(run, curve=None) for run in runs)  # one training is drawn once
             every.append(replace(arm, name=f"{arm.name}/{head}", title=f"{arm.title}, {head}", seeds=runs))
     return every
 

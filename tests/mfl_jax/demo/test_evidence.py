@@ -76,6 +76,13 @@ def test_heads_on_encoders_become_arms_and_are_not_trained_twice(tmp_path, compi
     assert evidence._stored(kept, changed, table, ("maxpool",)) == {}
 
 
+def test_the_effective_rank_is_the_number_of_independent_directions():
+    x = np.random.default_rng(0).normal(size=(9000, 3))
+    assert evidence.effective_rank(x) == pytest.approx(3, abs=0.05)
+    assert evidence.effective_rank(np.concatenate([x, 5 * x, -x], 1)) == pytest.approx(3, abs=0.05)
+    assert evidence.effective_rank(x[:, :1] * np.ones((1, 8))) == pytest.approx(1, abs=1e-6)
+
+
 def test_an_encoder_that_has_seen_a_tested_case_is_refused(tmp_path):
     work, found, table = made(tmp_path, pretrained=("c03",))
     arms = [evidence.ceiling(found, "good", "tile", table, "lesion", top=1)]
