@@ -21,8 +21,7 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, n, d = x.shape
         qkv = Dense(3 * d, kernel_init=START, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
-        mixed = attend(q, k, v).reshape(b, n, d)
+        mixed = attend(qkv.reshape(b, n, 3, self.heads, d // self.heads)).reshape(b, n, d)
         return Dense(d, kernel_init=START, dtype=self.dtype, name="proj")(mixed)
 
 
