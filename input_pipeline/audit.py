@@ -91,6 +91,11 @@ def audit(
     if not tiles:
         return findings
     for side in sides:
+        if side.tileset.spec.he_kind != "image":
+            raise ValueError(
+                f"{side.name}: regions have no pixels to compare; audit with tiles=False (--names-only), and the tiles "
+                "that they were made of by themselves"
+            )
         if side.tileset.spec.size < MIN_SIZE:
             raise ValueError(
                 f"{side.name}: tiles of {side.tileset.spec.size} px are too small to compare, {MIN_SIZE} px is the "

@@ -1,30 +1,23 @@
-"""Tile features by slide, from files of four layouts or from an embedded tile set; and tables of what slides are.
-
-A folder holds one `<slide_id>.h5` a slide: ours and TRIDENT's (`features`, `coords`, attributes), CLAM's (the same,
-without attributes) or STAMP's (`feats`, `coords` in um). Files come from outside: nothing in them is followed or
-unpickled, and one that claims more than it holds is refused.
+"""Tile features by slide, from files (input_pipeline.features) or from an embedded tile set; and tables of what slides
+are.
 """
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from input_pipeline.excluded import excluded
+from input_pipeline.features import BagError, find_folder
+from input_pipeline.features import read_bag as read_file
 from input_pipeline.table import read_rows
 
 if TYPE_CHECKING:
     from mfl_jax.evaluators.embed import Embedded
-
-TRIDENT = ("patch_size", "level0_magnification", "target_magnification")
-DEFLATED = 1100  # zlib never makes data smaller than by about 1,032
-
-
-class BagError(ValueError):
-    """A file that holds no bag, or bags that do not belong together."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +91,29 @@ def read_table(path: str | os.PathLike, target: str = "label", time: str = "", e
     return Table(slides, cases, np.array([names.index(f) for f in found]), names, None, pictures)
 
 
+def of_cases(table: Table, cases: Sequence[str]) -> Table:
+    """The slides of these cases alone."""
+    wanted = set(cases)
+    return _rows_of(table, [i for i, case in enumerate(table.cases) if case in wanted])
+
+
+def without(table: Table, which: str, say: Callable[[str], None] = lambda line: None) -> Table:
+    """Less the slides that `which` lists (input_pipeline.excluded), each of which is named aloud."""
+    bad = excluded(which, table.slides)
+    for name, why in bad.items():
+        say(f"{name} is left out: {why}")
+    return _rows_of(table, [i for i, slide in enumerate(table.slides) if slide not in bad])
+
+
+def _rows_of(table: Table, kept: Sequence[int]) -> Table:
+    if not kept:
+        raise BagError(f"none of the {len(table.slides)} slides of the table is left")
+    texts = {name: tuple(getattr(table, name)[i] for i in kept) for name in ("slides", "cases")}
+    texts |= {"pictures": tuple(table.pictures[i] for i in kept)} if table.pictures else {}
+    times = None if table.times is None else table.times[kept]
+    return replace(table, labels=table.labels[kept], times=times, **texts)
+
+
 def _number(path: Path, row: int, text: str, column: str) -> float:
     try:
         value = float(text)
@@ -169,92 +185,10 @@ def read_folder(folder: str | os.PathLike, table: Table, *, mpp: float | None = 
     return Bags(features, coords, offsets, table.slides, table.cases, tile, tuple(notes))
 
 
-def find_folder(folder: str | os.PathLike) -> Path:
-    """The folder itself, or the only one below it that holds .h5 files of features (CLAM's h5_files, TRIDENT's
-    features_<encoder>)."""
-    folder = Path(folder)
-    if any(folder.glob("*.h5")):
-        return folder
-    inner = sorted({p.parent for p in folder.glob("*/*.h5")} | {p.parent for p in folder.glob("*/*/*.h5")})
-    inner = [p for p in inner if p.name != "patches"]
-    if len(inner) != 1:
-        found = ", ".join(str(p.relative_to(folder)) for p in inner[:5]) or "none"
-        raise BagError(f"{folder} holds no .h5 files; folders below it that do: {found}. Name one of them")
-    return inner[0]
-
-
 def read_bag(path: str | os.PathLike, *, mpp: float | None = None) -> tuple[np.ndarray, np.ndarray, float]:
     """-> features [N, D], corners float64 [N, 2], side of a tile in level-0 px (nan where the file does not say)."""
-    import h5py
-
-    path = Path(path)
-    try:
-        with h5py.File(path, "r") as file:
-            stamp = "feats" in file
-            features = _dataset(path, file, "feats" if stamp else "features")
-            coords = _dataset(path, file, "coords").astype(np.float64)
-            notes = dict(file.attrs) | dict(file["coords"].attrs)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise BagError(f"{path} is not readable as HDF5: {error}") from error
-    if features.ndim != 2 or coords.shape != (len(features), 2):
-        raise BagError(
-            f"{path}: features {list(features.shape)} and coords {list(coords.shape)} are not [N, D] and [N, 2]"
-        )
-    if not np.isfinite(features).all() or not np.isfinite(coords).all():
-        raise BagError(f"{path} has features or coords that are not finite")
-    features = features if features.dtype == np.float16 else features.astype(np.float32)
-    if stamp:
-        return (features, *_from_um(path, coords, notes, mpp))
-    side = _scalar(notes.get("patch_size_level0"))
-    if not side > 0:  # TRIDENT's older files, which have no patch_size_level0
-        at_target, level0, target = (_scalar(notes.get(name)) for name in TRIDENT)
-        side = at_target * level0 / target if target > 0 else math.nan
-    return features, coords, side if side > 0 else _spacing(coords)
-
-
-def _dataset(path: Path, file: Any, name: str) -> np.ndarray:
-    import h5py
-
-    if name not in file or not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        raise BagError(f"{path} has no dataset {name!r}; it has {sorted(map(str, file))[:10]}")
-    data = file[name]
-    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "fiu" or data.is_virtual or data.external:
-        raise BagError(f"{path}: {name!r} is no dataset of numbers that lies in this file")
-    if data.nbytes > data.id.get_storage_size() * DEFLATED:
-        raise BagError(f"{path}: {name!r} claims {data.nbytes:,} bytes and holds {data.id.get_storage_size():,}")
-    return data[()]
-
-
-def _from_um(path: Path, coords: np.ndarray, notes: Mapping[str, Any], mpp: float | None) -> tuple[np.ndarray, float]:
-    unit = notes.get("unit", "um")
-    unit = unit.decode() if isinstance(unit, bytes) else unit
-    if unit != "um":
-        raise BagError(f"{path}: coords are in {unit!r}; STAMP files hold um")
-    scale = _scalar(notes.get("mpp_level0")) if mpp is None else mpp
-    side = _scalar(notes.get("tile_size_um", notes.get("tile_size")))
-    if not scale > 0:
-        return coords, math.nan
-    return coords / scale, side / scale
-
-
-def _scalar(value: Any) -> float:
-    """nan for whatever is no number."""
-    try:
-        return float(np.asarray(value).reshape(()))
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _spacing(coords: np.ndarray) -> float:
-    """CLAM's files do not say how large a tile is: the commonest step along a row or column, of equals the least. Each
-    piece of tissue has a grid of its own, so that steps between any two columns say nothing."""
-    steps = []
-    for along, across in ((0, 1), (1, 0)):
-        line = coords[np.lexsort((coords[:, along], coords[:, across]))]
-        step, same = np.diff(line[:, along]), np.diff(line[:, across]) == 0
-        steps.append(step[same & (step > 0)])
-    found, count = np.unique(np.concatenate(steps), return_counts=True)
-    return float(found[count.argmax()]) if len(found) else math.nan
+    found = read_file(path, mpp=mpp)
+    return found.features, found.coords, found.side
 
 
 def with_cases(bags: Bags, table: Table) -> Bags:

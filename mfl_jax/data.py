@@ -13,7 +13,7 @@ from mfl_jax import sharding
 from mfl_jax.views import Modality
 
 if TYPE_CHECKING:
-    from input_pipeline.tileset import TileSet
+    from input_pipeline.tileset import Spec, TileSet
 
 COLUMNS = ("label", "slide", "case")
 
@@ -22,13 +22,15 @@ COLUMNS = ("label", "slide", "case")
 class Facts:
     """What is the same in every batch of a tile set: enough to build a method and its shapes, with no tile read."""
 
-    size: int
-    mpp: float
+    size: int  # px of a tile; of grids, tiles along a side of a region
+    mpp: float  # um per px, or per tile along a side
     modalities: dict[str, Modality]  # 'he' and the partners that are read
     shapes: dict[str, tuple[tuple[int, ...], str]]  # entry of the batch -> shape without the rows, dtype
     label_names: tuple[str, ...]
     examples: int
     train_cases: tuple[str, ...] = ()  # of the split that is trained on: no figure may be of them
+    slides: int = 0  # of the whole tile set: `slide` and `id` of a batch are below these two; 0 where it is not known
+    records: int = 0
 
 
 def open_set(path: str) -> "TileSet":
@@ -46,21 +48,39 @@ def facts(reading: Any) -> Facts:
         raise ValueError(f"data.partners names {missing}; {reading.tileset} has {sorted(known)}")
     if missing := [name for name in reading.columns if name not in tileset.tiles]:
         raise ValueError(f"data.columns names {missing}; {reading.tileset} has {sorted(tileset.tiles)}")
-    size = tileset.spec.size
-    modalities = {"he": Modality()}
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": ((size, size, 3), "uint8")}
+    spec = tileset.spec
+    modalities = {"he": Modality(spec.he_kind, spec.he_channels)}
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": (spec.he_shape, spec.he_dtype)}
     for name in wanted:
         partner = known[name]
         channels = partner.length if partner.kind == "vector" else partner.channels
         modalities[name] = Modality(partner.kind, channels or 0)
-        shapes[name] = (tileset.spec.shape(partner), partner.dtype)
+        shapes[name] = (spec.shape(partner), partner.dtype)
         shapes[f"{name}_mask"] = ((), "bool")
     for beside in (name for name in ("near", "far") if getattr(reading, f"{name}_um")):
         shapes |= {f"{beside}_he": shapes["he"], f"{beside}_mask": ((), "bool")}
     shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
     shapes |= {name: ((), _narrow(tileset.tiles[name].dtype)) for name in (*COLUMNS, *reading.columns)}
     examples, cases = _examples(reading, tileset), tuple(tileset.splits[reading.split])
-    return Facts(size, tileset.spec.mpp, modalities, shapes, tileset.spec.label_names, examples, cases)
+    whole = {"slides": len(tileset.slides), "records": len(tileset)}
+    return Facts(spec.size, spec.mpp, modalities, shapes, spec.label_names, examples, cases, **whole)
+
+
+def of_spec(spec: "Spec") -> tuple[str, int, int]:
+    """What an encoder must know of the records of a set: kind, size and channels."""
+    return spec.he_kind, spec.size, spec.he_channels
+
+
+def of_facts(facts: Facts) -> tuple[str, int, int]:
+    of = facts.modalities["he"]
+    return of.kind, facts.size, of.channels
+
+
+def in_words(kind: str, size: int, channels: int, mpp: float | None = None) -> str:
+    if kind == "image":
+        return f"tiles of {size} px" + ("" if mpp is None else f" at {mpp:g} um/px")
+    side = "" if mpp is None else f" of {mpp:g} um"
+    return f"regions of {size} x {size} tiles{side} with {channels - 1} features each"
 
 
 def _examples(reading: Any, tileset: "TileSet") -> int:
@@ -102,29 +122,49 @@ class Source(Protocol):
     """Where batches come from: dicts of host arrays, one global step after another, from the step it is asked for.
 
     What it returns may have `state()`, which is saved and handed back on resume, `overridden` (what differs from that
-    state on purpose, a tuple of text) and `close()`.
+    state on purpose, a tuple of text) and `close()`. A method with a refresh needs a source that has `everything()` as
+    well: this host's rows of every example once, in batches as an evaluation stream gives them, with a close().
     """
 
     def __call__(self, step: int, state: Mapping[str, Any] | None) -> Iterator[dict[str, np.ndarray]]: ...
 
 
-def source(reading: Any, seed: int, override: bool = False) -> Source:
-    """(step, saved state) -> this host's stream from that step on."""
-    from input_pipeline.stream import train_stream
+@dataclass(frozen=True)
+class SplitSource:
+    """A split of a tile set. Called with (step, saved state) it is this host's stream from that step on."""
 
+    tileset: "TileSet"
+    seed: int
+    override: bool
+    options: Mapping[str, Any]  # of train_stream
+    shared: tuple[str, ...] = ("batch", "split", "partners", "columns", "stall_timeout")  # of eval_stream as well
+
+    def __call__(self, step: int, state: Mapping[str, Any] | None) -> Iterator[dict[str, np.ndarray]]:
+        from input_pipeline.stream import train_stream
+
+        place: dict[str, Any] = {"state": state, "override": self.override} if state else {"start_step": step}
+        return train_stream(self.tileset, seed=self.seed, host=_host(), **self.options, **place)
+
+    def everything(self) -> Iterator[dict[str, np.ndarray]]:
+        """A tile that is bad stops it too, or with on_bad='replace' is left out."""
+        from input_pipeline.stream import eval_stream
+
+        on_bad = "mask" if self.options["on_bad"] == "replace" else self.options["on_bad"]
+        options = {name: self.options[name] for name in self.shared}
+        return eval_stream(self.tileset, host=_host(), on_bad=on_bad, **options)
+
+
+def source(reading: Any, seed: int, override: bool = False) -> SplitSource:
     options: dict[str, Any] = {"batch": reading.batch, "split": reading.split, "share": reading.share}
     options |= {"balance": reading.balance or None}
     options |= {"near_um": reading.near_um or None, "far_um": reading.far_um or None}
     options |= {"partners": tuple(reading.partners), "on_bad": reading.on_bad}
     options |= {"columns": (*COLUMNS, *reading.columns), "stall_timeout": reading.stall_timeout}
-    tileset = open_set(reading.tileset)
+    return SplitSource(open_set(reading.tileset), seed, override, options)
 
-    def start(step: int, state: Mapping[str, Any] | None) -> Iterator[dict[str, np.ndarray]]:
-        host = (jax.process_index(), jax.process_count())
-        place: dict[str, Any] = {"state": state, "override": override} if state else {"start_step": step}
-        return train_stream(tileset, seed=seed, host=host, **options, **place)
 
-    return start
+def _host() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
 
 
 def batch_shapes(facts: Facts, rows: int, places: jax.sharding.Sharding | None = None) -> dict[str, Any]:

@@ -59,12 +59,11 @@ def open_run(workdir: str | Path, mesh: Mesh | None = None) -> Trained:
 
 
 def check_tiles(path: str | Path, facts: Facts, spec: "Spec") -> None:
-    """ValueError where tiles are not of the size and scale that the run was trained on."""
-    if facts.size != spec.size or not math.isclose(facts.mpp, spec.mpp, rel_tol=0.02):
-        raise ValueError(
-            f"{path} was trained on tiles of {facts.size} px at {facts.mpp:g} um/px; the tile set has {spec.size} px "
-            f"at {spec.mpp:g} um/px"
-        )
+    """ValueError where tiles, or regions of them, are not of the kind, size and scale that the run was trained on."""
+    has, wants = data.of_spec(spec), data.of_facts(facts)
+    if has != wants or not math.isclose(facts.mpp, spec.mpp, rel_tol=0.02):
+        trained, given = data.in_words(*wants, facts.mpp), data.in_words(*has, spec.mpp)
+        raise ValueError(f"{path} was trained on {trained}; the tile set has {given}")
 
 
 def initial(run: Trained) -> tuple[Any, Any]:

@@ -64,7 +64,7 @@ class Plan:
 def new_batch(plan: Plan) -> dict[str, np.ndarray]:
     """The arrays of one batch of this host, to be written by `fetch`."""
     n, spec = plan.rows, plan.spec
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"he": ((spec.size, spec.size, 3), np.uint8)}
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"he": (spec.he_shape, spec.he_dtype)}
     for partner in spec.partners:
         shapes |= {partner.name: (spec.shape(partner), partner.dtype), f"{partner.name}_mask": ((), np.bool_)}
     for name in plan.beside:

@@ -147,7 +147,7 @@ class TileSet:
             return found
 
     def decode(self, example: Example) -> dict[str, np.ndarray | None]:
-        """{'he': uint8 [H, W, 3], partner: [H, W, C] or [length], None where absent}."""
+        """{'he': uint8 [H, W, 3] or a grid, partner: [H, W, C] or [length], None where absent}."""
         try:
             return decode_payload(self.spec, example.payload)
         except TileSetError as error:

@@ -24,6 +24,10 @@ LAYOUT = (
     "stored as that many planes, one below another, in one grey image. Label maps are 16-bit PNG. Vectors are float32 "
     "lists. An absent partner is an empty list. Splits are lists of cases."
 )
+GRIDS = (
+    " The main record is no image but a grid of tile features, float16, little endian, [rows, columns, channels]; its "
+    "last channel is 1 where a tile is and 0 where none is."
+)
 ALL_TRAIN = {"train": 1.0}
 Splits = dict[str, list[str]]
 

@@ -113,7 +113,7 @@ def _document(
         "format": manifest.FORMAT,
         "version": manifest.VERSION,
         "complete": True,
-        "layout": manifest.LAYOUT,
+        "layout": manifest.LAYOUT + (manifest.GRIDS if spec.he_kind == "grid" else ""),
         "spec": spec.to_json(),
         "params_sha256": spec.params_sha256,
         "tiles": sum(s["tiles"] for s in slides),
@@ -221,9 +221,9 @@ def _feature(kind: str, **body: Any) -> dict[str, Any]:
     return {"pythonClassName": f"{_TFDS}.{module[kind]}{suffix}.{kind}", **body}
 
 
-def _tensor(kind: str, shape: Sequence[int], dtype: str) -> dict[str, Any]:
+def _tensor(kind: str, shape: Sequence[int], dtype: str, encoding: str = "none") -> dict[str, Any]:
     dimensions = {"dimensions": [str(n) for n in shape]} if shape else {}
-    return _feature(kind, tensor={"shape": dimensions, "dtype": dtype, "encoding": "none"})
+    return _feature(kind, tensor={"shape": dimensions, "dtype": dtype, "encoding": encoding})
 
 
 def _image(height: int, width: int, channels: int, dtype: str, encoding: str) -> dict[str, Any]:
@@ -248,7 +248,10 @@ def tfds_files(spec: Spec, slides: list[dict], absent: set[str]) -> dict[str, st
     label = _tensor("Scalar", (), "int64")
     if spec.label_names:
         label = _feature("ClassLabel", classLabel={"numClasses": str(len(spec.label_names))})
-    features = {"he": _image(spec.size, spec.size, 3, "uint8", spec.he_encoding), "label": label}
+    he = _image(*spec.he_shape, "uint8", spec.he_encoding)
+    if spec.he_kind == "grid":
+        he = _tensor("Tensor", spec.he_shape, spec.he_dtype, "bytes")
+    features = {"he": he, "label": label}
     features |= {name: _feature("Text", text={}) for name in ("slide_id", "case_id")}
     features |= {name: _tensor("Scalar", (), "float32") for name in ("x", "y", "mpp")}
     features |= {p.name: _partner_feature(spec, p, p.name in absent) for p in spec.partners}

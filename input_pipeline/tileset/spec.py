@@ -15,6 +15,8 @@ import numpy as np
 from input_pipeline.tileset import tfrecord
 
 MAX_CHANNELS = 256
+MAX_FEATURES = 16384
+ENCODINGS = {"image": ("jpeg", "png"), "grid": ("float16",)}
 RESERVED = {"he", "id", "mask", "label", "slide", "case", "slide_id", "case_id", "x", "y", "mpp"}
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
@@ -73,7 +75,12 @@ class Partner:
 
 @dataclass(frozen=True)
 class Spec:
-    """What every tile of a set has in common. `params` is whatever made the set: hashed, and stored with each slide."""
+    """What every tile of a set has in common. `params` is whatever made the set: hashed, and stored with each slide.
+
+    A set of grids holds regions instead of tiles: `size` x `size` features of tiles, and in the last channel whether
+    there is a tile (1) or background (0, with features of 0). `mpp` is um per cell then, so that size * mpp is the side
+    of what a record shows, as of images.
+    """
 
     name: str
     size: int
@@ -83,6 +90,8 @@ class Spec:
     partners: tuple[Partner, ...] = ()
     label_names: tuple[str, ...] = ()
     params: dict = field(default_factory=dict)
+    he_kind: str = "image"  # image | grid
+    he_channels: int = 3  # of a grid: features of a tile, and the mask behind them
 
     def __post_init__(self):
         object.__setattr__(self, "partners", tuple(self.partners))
@@ -91,8 +100,7 @@ class Spec:
         _check_int(self.size, "size (px)", 1, 16384)
         _check_int(self.jpeg_quality, "jpeg_quality", 1, 100)
         _check_mpp(self.mpp, "the tile set")
-        if self.he_encoding not in ("jpeg", "png"):
-            raise TileSetError(f"he_encoding is jpeg or png, not {self.he_encoding!r}")
+        self._check_he()
         names = [p.name for p in self.partners]
         if len(set(names)) != len(names):
             raise TileSetError(f"two partners have the same name: {names}")
@@ -108,6 +116,25 @@ class Spec:
         except (TypeError, ValueError) as error:
             raise TileSetError(f"params hold what JSON can hold: {error}") from error
 
+    def _check_he(self) -> None:
+        if self.he_kind not in ENCODINGS:
+            raise TileSetError(f"he_kind is {' or '.join(ENCODINGS)}, not {self.he_kind!r}")
+        if self.he_encoding not in ENCODINGS[self.he_kind]:
+            allowed = " or ".join(ENCODINGS[self.he_kind])
+            raise TileSetError(f"he_encoding of a set of kind {self.he_kind} is {allowed}, not {self.he_encoding!r}")
+        least, most = (3, 3) if self.he_kind == "image" else (2, MAX_FEATURES + 1)
+        _check_int(self.he_channels, f"he_channels of a set of kind {self.he_kind}", least, most)
+        if self.he_kind == "grid" and (wrong := [p.name for p in self.partners if p.kind != "vector"]):
+            raise TileSetError(f"partners {wrong}: those of a grid are vectors, for it has no pixels")
+
+    @property
+    def he_shape(self) -> tuple[int, int, int]:
+        return self.size, self.size, self.he_channels
+
+    @property
+    def he_dtype(self) -> str:
+        return "uint8" if self.he_kind == "image" else "float16"
+
     def shape(self, partner: Partner) -> tuple[int, ...]:
         """[H, W, C] of an image or map, [length] of a vector."""
         if partner.kind == "vector":
@@ -116,7 +143,11 @@ class Spec:
         return side, side, partner.channels
 
     def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+        """Of images without what they always are: their hashes are those of sets that knew no grids."""
+        document = dataclasses.asdict(self)
+        if self.he_kind == "image":
+            del document["he_kind"], document["he_channels"]
+        return document
 
     @staticmethod
     def from_json(document: Any) -> "Spec":
@@ -137,7 +168,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Record:
-    """One tile: `he` uint8 [H, W, 3]; partners by name, None where absent; x, y the level-0 px of its corner."""
+    """One tile: `he` uint8 [H, W, 3], or a grid, float16 [H, W, C]; partners by name, None where absent; x, y the
+    level-0 px of its corner."""
 
     he: np.ndarray
     partners: Mapping[str, np.ndarray | None] = field(default_factory=dict)
@@ -189,7 +221,7 @@ def encode_record(spec: Spec, slide_id: str, case_id: str, record: Record) -> by
     if unknown:
         raise TileSetError(f"partners {sorted(unknown)} are not in the specification")
     features: dict[str, tfrecord.Value] = {
-        "he": _encode_image(record.he, (spec.size, spec.size, 3), "uint8", spec.he_encoding, spec.jpeg_quality, "he"),
+        "he": _encode_he(spec, record.he),
         "slide_id": slide_id.encode(),
         "case_id": case_id.encode(),
         "x": float(record.x),
@@ -200,6 +232,18 @@ def encode_record(spec: Spec, slide_id: str, case_id: str, record: Record) -> by
     for partner in spec.partners:
         features[partner.name] = encode_partner(spec, partner, record.partners.get(partner.name))
     return tfrecord.encode_example(features)
+
+
+def _encode_he(spec: Spec, he: np.ndarray) -> bytes:
+    if spec.he_kind == "image":
+        return _encode_image(he, spec.he_shape, "uint8", spec.he_encoding, spec.jpeg_quality, "he")
+    he = np.asarray(he)
+    if he.shape != spec.he_shape or he.dtype != np.float16:
+        raise TileSetError(f"he: float16 {spec.he_shape} is expected, not {he.dtype} {he.shape}")
+    there = he[..., -1]
+    if not np.isfinite(he).all() or not np.isin(there, (0, 1)).all() or he[there == 0].any():
+        raise TileSetError("he: a grid is finite, its last channel is 0 or 1, and features are 0 where that is 0")
+    return he.astype("<f2").tobytes()
 
 
 def encode_partner(spec: Spec, partner: Partner, array: np.ndarray | None) -> tfrecord.Value:
@@ -265,10 +309,25 @@ def decode_image(
     return into
 
 
+def _decode_he(spec: Spec, data: bytes, into: np.ndarray | None) -> np.ndarray:
+    if spec.he_kind == "image":
+        return decode_image(data, spec.he_shape, "uint8", spec.he_encoding, into)
+    if len(data) != 2 * math.prod(spec.he_shape):
+        raise TileSetError(f"a grid of float16 {spec.he_shape} is expected, not {len(data)} bytes")
+    grid = np.frombuffer(data, "<f2").reshape(spec.he_shape)
+    if not np.isfinite(grid).all():
+        raise TileSetError("the grid has values that are not finite")
+    if into is None:
+        return grid
+    into[:] = grid
+    return into
+
+
 def decode_payload(
     spec: Spec, payload: bytes, into: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray | None]:
-    """{'he': uint8 [H, W, 3], partner: array or None}; TileSetError says which part is not as announced.
+    """{'he': uint8 [H, W, 3] or float16 [H, W, C], partner: array or None}; TileSetError says which part is not as
+    announced.
 
     `into` holds arrays by name that images are decoded into, where they are given.
     """
@@ -281,9 +340,9 @@ def decode_payload(
     try:
         he = _only(features.get("he"))
         if he is None:
-            raise TileSetError("there is no image")
+            raise TileSetError(f"there is no {spec.he_kind}")
         out: dict[str, np.ndarray | None] = {}
-        out["he"] = decode_image(he, (spec.size, spec.size, 3), "uint8", spec.he_encoding, into.get("he"))
+        out["he"] = _decode_he(spec, he, into.get("he"))
         for partner in spec.partners:
             name = partner.name
             out[name] = _decode_partner(spec, partner, features.get(name), into.get(name))

@@ -113,10 +113,9 @@ def make(reading: Any, facts: "Facts", mesh: jax.sharding.Mesh) -> tuple[Evaluat
         if part.tileset not in sets:
             sets[part.tileset] = data.open_set(part.tileset)
         tileset, partners = sets[part.tileset], tuple(part.partners)
-        if tileset.spec.size != facts.size:
-            raise ValueError(
-                f"evals.{name}.tileset has tiles of {tileset.spec.size} px; the encoder is trained on {facts.size} px"
-            )
+        if (has := data.of_spec(tileset.spec)) != (wants := data.of_facts(facts)):
+            told = f"{data.in_words(*has)}; the encoder is trained on {data.in_words(*wants)}"
+            raise ValueError(f"evals.{name}.tileset has {told}")
         if part.batch % mesh.shape["data"]:
             raise ValueError(f"evals.{name}.batch is {part.batch}, not a multiple of {mesh.shape['data']} devices")
         key = (part.tileset, part.batch, partners)

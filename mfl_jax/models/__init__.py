@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mfl_jax.models import attention, resnet, vit
+from mfl_jax.models import attention, grid_vit, resnet, vit
 from mfl_jax.models.compact import Compact
 from mfl_jax.models.heads import DinoHead, Directions, Layers, PaperHead
 from mfl_jax.trees import overview
@@ -43,7 +43,7 @@ class Model:
 
 
 def make(spec: str, **overrides: Any) -> Model:
-    """An encoder: resnet18|26|50, vit_{ti,s,b}{8,14,16}, compact, mlp; `overrides` win over the spec."""
+    """An encoder: resnet18|26|50, vit_{ti,s,b}{8,14,16}, grid_vit, compact, mlp; `overrides` win over the spec."""
     name, settings = parse(spec)
     builder = choose(name, ENCODERS, "encoder")
     return builder(name, **check(builder, settings | overrides, spec))
@@ -183,17 +183,38 @@ def build_vit(
     features: int = 0,
     blocks: int = 0,
     heads: int = 0,
+    pos_offset: float = 0.0,
 ) -> Model:
-    """features, blocks and heads, where not 0, replace those of the named size."""
+    """features, blocks and heads, where not 0, replace those of the named size. Weights of DINO want pos_offset=0.1."""
     size, patch = re.fullmatch(r"vit_([a-z]+)(\d+)", name).groups()  # type: ignore[union-attr]
     d, n, h = (given or usual for given, usual in zip((features, blocks, heads), vit.SIZES[size], strict=True))
-    if d % h:
-        raise ValueError(f"{name}: {d} features cannot be shared by {h} heads")
+    _check_blocks(name, d, h, pool, drop_path, dropout)
+    return from_module(vit.ViT(d, n, h, int(patch), registers, pool, drop_path, dropout, remat, pos_offset), d, name)
+
+
+def build_grid_vit(
+    name: str,
+    *,
+    features: int = 192,
+    blocks: int = 6,
+    heads: int = 6,
+    pool: str = "cls",
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+    remat: bool = False,
+) -> Model:
+    """Over grids of tile features; the numbers are HIPT's."""
+    _check_blocks(name, features, heads, pool, drop_path, dropout)
+    return from_module(grid_vit.GridViT(features, blocks, heads, pool, drop_path, dropout, remat), features, name)
+
+
+def _check_blocks(name: str, features: int, heads: int, pool: str, drop_path: float, dropout: float) -> None:
+    if features % heads:
+        raise ValueError(f"{name}: {features} features cannot be shared by {heads} heads")
     if pool not in ("cls", "mean"):
         raise ValueError(f"{name}: pool is cls or mean, not {pool!r}")
     if max(drop_path, dropout) >= 1:
         raise ValueError(f"{name}: drop_path and dropout are below 1, not {drop_path} and {dropout}")
-    return from_module(vit.ViT(d, n, h, int(patch), registers, pool, drop_path, dropout, remat), d, name)
 
 
 def build_compact(
@@ -258,6 +279,7 @@ def build_classifier(name: str, *, in_dim: int, out: int = 2, hidden: int = 256,
 ENCODERS = {
     **{f"resnet{depth}": build_resnet for depth in resnet.DEPTHS},
     **{f"vit_{size}{patch}": build_vit for size in vit.SIZES for patch in (8, 14, 16)},
+    "grid_vit": build_grid_vit,
     "compact": build_compact,
     "mlp": build_mlp,
 }

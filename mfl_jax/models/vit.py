@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mfl_jax.models.layers import Dense, DropPath, fold_blocks, gelu, resize_grid
+from mfl_jax.models.layers import Dense, DropPath, attend, fold_blocks, gelu, resize_grid
 
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12)}  # features, blocks, heads
 START = nn.initializers.truncated_normal(0.02)
@@ -18,13 +18,12 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, there: jax.Array | None = None) -> jax.Array:
+        """`there` [B, N]: tokens that are attended to, at least one a row; all of them where it is None."""
         b, n, d = x.shape
         qkv = Dense(3 * d, kernel_init=START, dtype=self.dtype, name="qkv")(x)
-        q, k, v = qkv.reshape(b, n, 3, self.heads, d // self.heads).transpose(2, 0, 3, 1, 4)
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q * (d // self.heads) ** -0.5, k)
-        weights = nn.softmax(logits.astype(jnp.float32), -1).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v).transpose(0, 2, 1, 3).reshape(b, n, d)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
+        mixed = attend(q, k, v, there).reshape(b, n, d)
         return Dense(d, kernel_init=START, dtype=self.dtype, name="proj")(mixed)
 
 
@@ -44,9 +43,10 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, there: jax.Array | None = None) -> jax.Array:
+        attention = Attention(self.heads, self.dtype, name="attn")
         for norm, part in (
-            ("norm1", Attention(self.heads, self.dtype, name="attn")),
+            ("norm1", lambda y: attention(y, there)),
             ("norm2", Mlp(self.dtype, name="mlp")),
         ):
             y = part(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=norm)(x))
@@ -70,6 +70,7 @@ class ViT(nn.Module):
     drop_path: float = 0.0
     dropout: float = 0.0
     remat: bool = False
+    pos_offset: float = 0.0  # of layers.cubic_weights
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -99,14 +100,18 @@ class ViT(nn.Module):
         """[1, 1 + h * w, D], the CLS token's first."""
         if self.is_initializing():
             return self.param("pos_embed", START, (1, 1 + h * w, self.features), jnp.float32)
-        learnt: jax.Array = self.get_variable("params", "pos_embed")
-        if learnt.shape[1] == 1 + h * w:
-            return learnt
-        side = math.isqrt(learnt.shape[1] - 1)
-        if side * side != learnt.shape[1] - 1:
-            raise ValueError(
-                f"positions learnt on a grid of {learnt.shape[1] - 1} patches, which is no square, cannot be resized to"
-                f" {h} x {w}; initialise the model on square images, or keep to the size it was initialised on"
-            )
-        grid = resize_grid(learnt[0, 1:].reshape(side, side, -1), h, w)
-        return jnp.concatenate([learnt[:, :1], grid.reshape(1, h * w, -1)], 1)
+        return resized(self.get_variable("params", "pos_embed"), h, w, self.pos_offset)
+
+
+def resized(learnt: jax.Array, h: int, w: int, offset: float) -> jax.Array:
+    """Positions [1, 1 + side * side, D], the CLS token's first, for a grid of h x w."""
+    if learnt.shape[1] == 1 + h * w:
+        return learnt
+    side = math.isqrt(learnt.shape[1] - 1)
+    if side * side != learnt.shape[1] - 1:
+        raise ValueError(
+            f"positions learnt on a grid of {learnt.shape[1] - 1} patches, which is no square, cannot be resized to"
+            f" {h} x {w}; initialise the model on square images, or keep to the size it was initialised on"
+        )
+    grid = resize_grid(learnt[0, 1:].reshape(side, side, -1), h, w, offset)
+    return jnp.concatenate([learnt[:, :1], grid.reshape(1, h * w, -1)], 1)

@@ -23,10 +23,13 @@ import numpy as np
 
 from mfl_jax.views.colour import COLOUR, IMAGENET_MEAN, IMAGENET_STD
 from mfl_jax.views.geometry import GEOMETRY, sample_bilinear, sample_nearest, sample_separable, sources
+from mfl_jax.views.grids import CUTS, GRID
+from mfl_jax.views.grids import apply as apply_grid
 from mfl_jax.views.partners import MAP, VECTOR, encoded_channels
 from mfl_jax.views.spec import Call, Op, ViewError, canonical, nearest, read
 
 KINDS: dict[str, dict[str, Op]] = {"image": {**GEOMETRY, **COLOUR}, "map": {**GEOMETRY, **MAP}, "vector": VECTOR}
+KINDS["grid"] = GRID
 STAGES = ("geometry", "scale", "augment", "encode", "normalise")
 ONCE = ("size", "scale", "percentile", "normalise")
 WHITE = {"uint8": 255.0, "uint16": 65535.0}
@@ -47,11 +50,13 @@ class View:
 
     @property
     def geometry(self) -> tuple[Call, ...]:
-        return tuple(c for c in self.calls if c.name in GEOMETRY and c.name != "size" and self.kind != "vector")
+        ops = KINDS[self.kind]
+        return tuple(c for c in self.calls if c.name != "size" and ops[c.name].stage == "geometry")
 
     @property
     def size(self) -> int | None:
-        return next((int(c.args["pixels"]) for c in self.calls if c.name == "size"), None)
+        name, arg = (self.calls[0].name, "cells") if self.kind == "grid" else ("size", "pixels")
+        return next((int(c.args[arg]) for c in self.calls if c.name == name), None)
 
     @property
     def out_channels(self) -> int:
@@ -73,6 +78,9 @@ class View:
     def row(self, key: jax.Array, geometry_key: jax.Array, image: jax.Array) -> jax.Array:
         if self.kind == "vector":
             return self._values(key, image.astype(jnp.float32), VECTOR)
+        if self.kind == "grid":
+            grid = apply_grid(self.geometry, sources(geometry_key, len(self.geometry)), image.astype(jnp.float32))
+            return self._values(key, grid, {n: op for n, op in GRID.items() if op.stage != "geometry"})
         matrix = self.matrix(geometry_key, (image.shape[0], image.shape[1]))
         assert self.size is not None
         if self.kind == "map":
@@ -113,11 +121,21 @@ class View:
         shape = "[rows, length]" if wanted == 2 else f"[rows, height, width, {self.channels}]"
         if images.ndim != wanted or (wanted == 4 and images.shape[-1] != self.channels):
             raise ViewError(f"the view '{self}' takes an array {shape}, not {list(images.shape)}")
+        if self.kind == "grid":
+            self._check_grid(images)
+            return
         whole = jnp.issubdtype(images.dtype, jnp.integer)
         allowed = str(images.dtype) in WHITE or self.kind != "image" or not whole
         if not allowed or (self.kind == "map" and not whole):
             dtypes = "integers" if self.kind == "map" else "uint8, uint16 or floating point"
             raise ViewError(f"the view '{self}' takes {dtypes}, not {images.dtype}")
+
+    def _check_grid(self, grids: jax.Array) -> None:
+        if self.size is None or min(grids.shape[1:3]) < self.size or not jnp.issubdtype(grids.dtype, jnp.floating):
+            raise ViewError(
+                f"the view '{self}' takes floating point grids of {self.size} x {self.size} cells or more, "
+                f"not {grids.dtype} {list(grids.shape)}"
+            )
 
 
 def row_keys(key: jax.Array, images: jax.Array, rows: jax.Array | None) -> jax.Array:
@@ -156,7 +174,9 @@ def parse(
             raise ViewError(f"'{name}' can be given once in a view: '{spec}'")
     if kind == "map" and "encode" not in stages:
         raise ViewError(f"a view of a label map ends in one or more of {', '.join(MAP)}; '{spec}' has none")
-    if kind != "vector":
+    if kind == "grid":
+        calls = _with_cells(calls, written, size, spec)
+    elif kind != "vector":
         sizes = [call for call in written if call.name == "size"]
         if not sizes and size is None:
             raise ViewError(f"the view '{spec}' has no size: give size= or add |size(pixels)")
@@ -165,6 +185,20 @@ def parse(
     for call in calls:
         _check_channels(call, KINDS[kind][call.name], kind, channels)
     return View(tuple(calls), kind, channels)
+
+
+def _with_cells(calls: list[Call], written: Sequence[Call], size: int | None, spec: str) -> list[Call]:
+    """The calls of a grid, of which the first says how many cells it keeps."""
+    if not calls or calls[0].name not in CUTS or any(call.name in CUTS for call in calls[1:]):
+        raise ViewError(f"a view of a grid begins with {' or '.join(CUTS)}, and has one of them; '{spec}' does not")
+    own = calls[0].args["cells"]
+    asked = next((call.args["pixels"] for call in written if call.name == "size"), None)
+    if own is not None and asked is not None and own != asked:
+        raise ViewError(f"'{spec}' keeps {own:g} cells and is of size {asked:g}: say it once")
+    cells = next((n for n in (own, asked, size) if n is not None), None)
+    if cells is None:
+        raise ViewError(f"the view '{spec}' has no size: give size=, or write {calls[0].name}(cells)")
+    return [replace(calls[0], values=(("cells", float(cells)),)), *calls[1:]]
 
 
 def _size_call(size: int | None) -> Call:
@@ -302,7 +336,7 @@ def _check_paired(parsed: Mapping[str, Views]) -> None:
     seen: dict[int, tuple[str, View]] = {}
     for name, views in parsed.items():
         for i, view in enumerate(views.each()):
-            if view.kind == "vector":
+            if view.kind in ("vector", "grid"):  # partners of a grid are vectors
                 continue
             other, first = seen.setdefault(i, (name, view))
             if first.geometry != view.geometry:

@@ -13,7 +13,8 @@ from mfl_jax import config as configs
 from mfl_jax.data import Facts
 from mfl_jax.views import Modality
 
-SIZE, BATCH = 16, 8
+SIZE, BATCH, SLIDES = 16, 8, 5
+CELLS, FEATURES = 4, 6  # of a region
 CONFIGS = Path(__file__).parents[2] / "configs"
 OF_METHOD = {"dino": "dino_tiles"}  # the config that a method is tested by, where it is called otherwise
 PARTNERS = {
@@ -25,9 +26,13 @@ PARTNERS = {
 
 
 def facts(data: ConfigDict, examples: int = 64) -> Facts:
-    """What `data.facts` would say of a tile set with the partners that a config reads."""
-    modalities = {"he": Modality()}
+    """What `data.facts` would say of a tile set with the partners that a config reads; of one of regions, where the
+    path that the config names ends so."""
+    size, modalities = SIZE, {"he": Modality()}
     shapes: dict[str, tuple[tuple[int, ...], str]] = {"he": ((SIZE, SIZE, 3), "uint8")}
+    if data.tileset.endswith("regions"):
+        size, modalities = CELLS, {"he": Modality("grid", FEATURES + 1)}
+        shapes = {"he": ((CELLS, CELLS, FEATURES + 1), "float16")}
     for name in data.partners:
         modalities[name], shape, dtype = PARTNERS[name]
         shapes |= {name: (shape, dtype), f"{name}_mask": ((), "bool")}
@@ -36,7 +41,7 @@ def facts(data: ConfigDict, examples: int = 64) -> Facts:
     shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
     shapes |= dict.fromkeys(("label", "slide", "case"), ((), "int32"))
     shapes |= dict.fromkeys(data.columns, ((), "float32"))
-    return Facts(SIZE, 1.0, modalities, shapes, ("a", "b", "c"), examples)
+    return Facts(size, 1.0, modalities, shapes, ("a", "b", "c"), examples, slides=SLIDES, records=examples)
 
 
 def batch(facts: Facts, step: int, *, rows: int = BATCH, seed: int = 0) -> dict[str, np.ndarray]:
@@ -52,13 +57,22 @@ def batch(facts: Facts, step: int, *, rows: int = BATCH, seed: int = 0) -> dict[
                 draw.integers(0, 156, (rows, *shape)).astype(np.uint8)
                 + (label * 40).astype(np.uint8)[:, None, None, None]
             )
+        elif dtype == "float16":
+            there = draw.random((rows, *shape[:2], 1)) < 0.8
+            tiles = draw.normal(size=(rows, *shape[:2], shape[2] - 1)) + label[:, None, None, None]
+            made[name] = np.concatenate([tiles * there, there], -1).astype(np.float16)
         elif dtype == "uint16":
             made[name] = draw.integers(0, 5, (rows, *shape)).astype(np.uint16)
         elif shape:
             made[name] = (draw.poisson(3.0, (rows, *shape)) + label[:, None]).astype(np.float32)
         else:
             made[name] = draw.normal(size=rows).astype(np.float32)
-    made |= {"label": label, "slide": label * 2, "case": label, "id": (step * rows + np.arange(rows)).astype(np.int32)}
+    made |= {
+        "label": label,
+        "slide": label * 2,
+        "case": label,
+        "id": ((step * rows + np.arange(rows)) % facts.examples).astype(np.int32),
+    }
     return {name: made[name] for name in facts.shapes}
 
 
@@ -73,6 +87,12 @@ class Source:
         assert state is None or (state["step"], state["seed"]) == (step, self.seed), state
         self.asked.append(step)
         return Run(self, step)
+
+    def everything(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of the first epoch."""
+        stream = Run(self, 0)
+        for _ in range(self.facts.examples // self.rows):
+            yield next(stream)
 
 
 class Run:

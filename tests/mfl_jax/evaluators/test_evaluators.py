@@ -164,7 +164,7 @@ def test_a_bad_config_is_refused_before_anything_runs(root, kind, changed, named
 
 
 def test_tiles_of_another_size_are_refused(root):
-    with pytest.raises(ValueError, match="tiles of 8 px; the encoder is trained on 224 px"):
+    with pytest.raises(ValueError, match="tiles of 8 px; the encoder is trained on tiles of 224 px"):
         build({"mine": part(root, "probe")}, size=224)
 
 

@@ -86,7 +86,7 @@ def test_channels_kind_and_size_are_checked_before_anything_is_traced():
         parse("flip", size=8, kind="map", channels=1)
     with pytest.raises(ValueError, match=r"'boundary' reads channel 1 of a map that has 1"):
         parse("boundary(1)", size=8, kind="map", channels=1)
-    with pytest.raises(ValueError, match=r"kind is one of image, map, vector, not 'maps'; did you mean 'map'\?"):
+    with pytest.raises(ValueError, match=r"kind is one of image, map, vector, grid, not 'maps'; did you mean 'map'\?"):
         parse("flip", size=8, kind="maps")
     with pytest.raises(ValueError, match=r"std above 0"):
         parse("normalise", size=8, mean=0.5, std=0.0)

@@ -45,11 +45,14 @@ EIGHT = """
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from mfl_jax.views import Modality, plan
 
-    views = plan({"he": "SPEC", "map": "crop(.6,1)|flip|rot90|rotate(20)|boundary", "genes": "permute|genedrop|noise"},
-                 {"he": Modality(size=16), "map": Modality("map", 1, 16), "genes": Modality("vector", 12)})
+    views = plan({"he": "SPEC", "map": "crop(.6,1)|flip|rot90|rotate(20)|boundary", "genes": "permute|genedrop|noise",
+                  "region": "2*window|flip|rot90|drop|noise"},
+                 {"he": Modality(size=16), "map": Modality("map", 1, 16), "genes": Modality("vector", 12),
+                  "region": Modality("grid", 5, 3)})
     rng = np.random.default_rng(0)
     batch = {"he": rng.integers(0, 256, (16, 20, 20, 3), np.uint8),
              "map": rng.integers(0, 9, (16, 20, 20, 1)).astype(np.uint16),
+             "region": rng.normal(size=(16, 4, 4, 5)).astype(np.float16),
              "genes": rng.poisson(3.0, (16, 12)).astype(np.float32)}
     step = jax.jit(views)
     key = jax.random.key(0)

@@ -1,0 +1,91 @@
+"""Views of grids of tile features: [h, w, D + 1], where the last channel says whether there is a tile.
+
+Cells are taken, turned and left out as they are, and never mixed: a view of a grid is no resampling. The mask moves
+along with the features, and where it is 0 these are 0.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mfl_jax.views.geometry import (
+    GEOMETRY,
+    Params,
+    Source,
+    draw_flip,
+    draw_hflip,
+    draw_rot90,
+    draw_vflip,
+    nothing,
+    uniforms,
+)
+from mfl_jax.views.spec import Arg, Op, fraction
+
+CUTS = ("window", "centre")  # the first op of a view, one of these, decides its size
+_CELLS = (Arg("cells", None, 1.0, 4096.0, integer=True),)
+
+
+def draw_window(source: Source, args: Params, shape: tuple[int, ...]) -> Params:
+    """Any place where it lies within the grid, all equally likely."""
+    spare = jnp.array([n - int(args["cells"]) for n in shape[:2]])
+    return {"at": jnp.minimum(jnp.floor(uniforms(source, 2) * (spare + 1)).astype(jnp.int32), spare)}
+
+
+def cut(params: Params, grid: jax.Array, args: Params) -> jax.Array:
+    cells = int(args["cells"])
+    at = params["at"] if params else jnp.array([(n - cells) // 2 for n in grid.shape[:2]])
+    return lax.dynamic_slice(grid, (at[0], at[1], 0), (cells, cells, grid.shape[-1]))
+
+
+def flipped(params: Params, grid: jax.Array, args: Params) -> jax.Array:
+    grid = jnp.where(params["horizontal"], grid[:, ::-1], grid)
+    return jnp.where(params["vertical"], grid[::-1], grid)
+
+
+def turned(params: Params, grid: jax.Array, args: Params) -> jax.Array:
+    """As numpy.rot90: counter-clockwise."""
+    grid = jnp.where(params["turns"] % 2 == 1, grid.swapaxes(0, 1)[::-1], grid)
+    return jnp.where(params["turns"] >= 2, grid[::-1, ::-1], grid)
+
+
+def draw_drop(source: Source, args: Params, shape: tuple[int, ...]) -> Params:
+    return {"keep": jax.random.uniform(source.key, (*shape[:2], 1)) >= args["p"]}
+
+
+def drop(params: Params, grid: jax.Array, args: Params) -> jax.Array:
+    """Tiles that are left out look as background does."""
+    return jnp.where(params["keep"], grid, 0.0)
+
+
+def draw_noise(source: Source, args: Params, shape: tuple[int, ...]) -> Params:
+    std = jnp.where(uniforms(source, 1)[0] < args["p"], args["std"], 0.0)
+    return {"noise": std * jax.random.normal(source.key, (*shape[:2], shape[2] - 1))}
+
+
+def noise(params: Params, grid: jax.Array, args: Params) -> jax.Array:
+    """On the features of tiles that are there."""
+    features, there = grid[..., :-1], grid[..., -1:]
+    return jnp.concatenate([features + params["noise"] * there, there], -1)
+
+
+GRID = {
+    "window": Op("geometry", _CELLS, draw_window, cut),
+    "centre": Op("geometry", _CELLS, nothing, cut),
+    "flip": Op("geometry", (fraction("p", 0.5),), draw_flip, flipped),
+    "hflip": Op("geometry", (fraction("p", 0.5),), draw_hflip, flipped),
+    "vflip": Op("geometry", (fraction("p", 0.5),), draw_vflip, flipped),
+    "rot90": Op("geometry", (), draw_rot90, turned),
+    "size": GEOMETRY["size"],
+    "drop": Op("augment", (fraction("p", 0.1),), draw_drop, drop),
+    "noise": Op("augment", (Arg("std", 0.1, 0.0, 1e3), fraction("p", 1.0)), draw_noise, noise),
+}
+
+
+def apply(calls: Any, sources: Any, grid: jax.Array) -> jax.Array:
+    """The ops one after another, each with its own source."""
+    for call, source in zip(calls, sources, strict=True):
+        op = GRID[call.name]
+        grid = op.apply(op.draw(source, call.args, grid.shape), grid, call.args)
+    return grid
