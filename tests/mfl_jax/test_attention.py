@@ -88,5 +88,5 @@ def test_a_convnet_has_no_attention(made):
     run = trained.open_run(made / "run")
     with run.config.unlocked():
         run.config.encoder = "compact,widths=8"
-    with pytest.raises(ValueError, match="'compact,widths=8', which has no attention: it takes a ViT"):
+    with pytest.raises(ValueError, match="'compact,widths=8', which has no attention: it takes a ViT over tiles"):
         attention.of_tiles(run, np.zeros((1, 16, 16, 3), np.uint8))
