@@ -29,6 +29,8 @@ class Facts:
     label_names: tuple[str, ...]
     examples: int
     train_cases: tuple[str, ...] = ()  # of the split that is trained on: no figure may be of them
+    slides: int = 0  # of the whole tile set: `slide` and `id` of a batch are below these two; 0 where it is not known
+    records: int = 0
 
 
 def open_set(path: str) -> "TileSet":
@@ -60,7 +62,8 @@ def facts(reading: Any) -> Facts:
     shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
     shapes |= {name: ((), _narrow(tileset.tiles[name].dtype)) for name in (*COLUMNS, *reading.columns)}
     examples, cases = _examples(reading, tileset), tuple(tileset.splits[reading.split])
-    return Facts(spec.size, spec.mpp, modalities, shapes, spec.label_names, examples, cases)
+    whole = {"slides": len(tileset.slides), "records": len(tileset)}
+    return Facts(spec.size, spec.mpp, modalities, shapes, spec.label_names, examples, cases, **whole)
 
 
 def of_spec(spec: "Spec") -> tuple[str, int, int]:
@@ -119,29 +122,49 @@ class Source(Protocol):
     """Where batches come from: dicts of host arrays, one global step after another, from the step it is asked for.
 
     What it returns may have `state()`, which is saved and handed back on resume, `overridden` (what differs from that
-    state on purpose, a tuple of text) and `close()`.
+    state on purpose, a tuple of text) and `close()`. A method with a refresh needs a source that has `everything()` as
+    well: this host's rows of every example once, in batches as an evaluation stream gives them, with a close().
     """
 
     def __call__(self, step: int, state: Mapping[str, Any] | None) -> Iterator[dict[str, np.ndarray]]: ...
 
 
-def source(reading: Any, seed: int, override: bool = False) -> Source:
-    """(step, saved state) -> this host's stream from that step on."""
-    from input_pipeline.stream import train_stream
+@dataclass(frozen=True)
+class SplitSource:
+    """A split of a tile set. Called with (step, saved state) it is this host's stream from that step on."""
 
+    tileset: "TileSet"
+    seed: int
+    override: bool
+    options: Mapping[str, Any]  # of train_stream
+    shared: tuple[str, ...] = ("batch", "split", "partners", "columns", "stall_timeout")  # of eval_stream as well
+
+    def __call__(self, step: int, state: Mapping[str, Any] | None) -> Iterator[dict[str, np.ndarray]]:
+        from input_pipeline.stream import train_stream
+
+        place: dict[str, Any] = {"state": state, "override": self.override} if state else {"start_step": step}
+        return train_stream(self.tileset, seed=self.seed, host=_host(), **self.options, **place)
+
+    def everything(self) -> Iterator[dict[str, np.ndarray]]:
+        """A tile that is bad stops it too, or with on_bad='replace' is left out."""
+        from input_pipeline.stream import eval_stream
+
+        on_bad = "mask" if self.options["on_bad"] == "replace" else self.options["on_bad"]
+        options = {name: self.options[name] for name in self.shared}
+        return eval_stream(self.tileset, host=_host(), on_bad=on_bad, **options)
+
+
+def source(reading: Any, seed: int, override: bool = False) -> SplitSource:
     options: dict[str, Any] = {"batch": reading.batch, "split": reading.split, "share": reading.share}
     options |= {"balance": reading.balance or None}
     options |= {"near_um": reading.near_um or None, "far_um": reading.far_um or None}
     options |= {"partners": tuple(reading.partners), "on_bad": reading.on_bad}
     options |= {"columns": (*COLUMNS, *reading.columns), "stall_timeout": reading.stall_timeout}
-    tileset = open_set(reading.tileset)
+    return SplitSource(open_set(reading.tileset), seed, override, options)
 
-    def start(step: int, state: Mapping[str, Any] | None) -> Iterator[dict[str, np.ndarray]]:
-        host = (jax.process_index(), jax.process_count())
-        place: dict[str, Any] = {"state": state, "override": override} if state else {"start_step": step}
-        return train_stream(tileset, seed=seed, host=host, **options, **place)
 
-    return start
+def _host() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
 
 
 def batch_shapes(facts: Facts, rows: int, places: jax.sharding.Sharding | None = None) -> dict[str, Any]:

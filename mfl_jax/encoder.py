@@ -39,6 +39,7 @@ class Encoder:
     exact: bool  # False: tiles of another size are resized to what the network takes
     mpp: float | None  # um per px of a tile; None where the weights do not say
     digest: str  # SHA-256: another one gives other features
+    cases: tuple[str, ...] | None = None  # that it was trained on; None where nothing says
     kind: str = "image"
     channels: int = 3
 
@@ -78,7 +79,8 @@ def of_trained(run: Trained) -> Encoder:
     deciding = ("method", run.config.method, "encoder", "views", "dtype")
     said = ConfigDict({name: run.config[name] for name in deciding if name in run.config} | {"digest": run.digest})
     digest = hashlib.sha256(to_json(said).encode()).hexdigest()
-    return Encoder(run.name, apply, params, dim, size, True, run.facts.mpp, digest, kind=of.kind, channels=of.channels)
+    known = (run.facts.train_cases, of.kind, of.channels)
+    return Encoder(run.name, apply, params, dim, size, True, run.facts.mpp, digest, *known)
 
 
 def of_weights(folder: str | Path, mesh: Mesh | None = None) -> Encoder:
@@ -98,9 +100,11 @@ def of_weights(folder: str | Path, mesh: Mesh | None = None) -> Encoder:
     whole = NamedSharding(sharding.make_mesh() if mesh is None else mesh, PartitionSpec())
     params = jax.device_put((found.params, found.stats), whole)
     name = (found.config.get("mfl") or {}).get("run") or found.config["architecture"]
+    cases = (found.config.get("mfl") or {}).get("train_cases")
+    cases = None if cases is None else tuple(map(str, cases))
     kind, channels = ("grid", 1 + found.params["phi"]["kernel"].shape[0]) if grid else ("image", 3)
     dim = _width(apply, params, (size, size, channels), "float16" if grid else "uint8")
-    return Encoder(str(name), apply, params, dim, size, exact, mpp, found.digest, kind=kind, channels=channels)
+    return Encoder(str(name), apply, params, dim, size, exact, mpp, found.digest, cases, kind, channels)
 
 
 def _input_of_grid(found: weights.Weights) -> tuple[Callable[[jax.Array], jax.Array], int, bool, float | None, Any]:
@@ -153,13 +157,13 @@ def export(workdir: str | Path, out: str | Path) -> dict[str, Any]:
     Its features must be those of the run: ValueError, and no file, for a method whose 'he' is more than an encoder.
     """
     run, out = open_run(workdir), Path(out)
-    params, stats = (_encoder_part(tree, run) for tree in (run.params, run.extra))
-    view = _view(run)
+    params, stats = part_of(run)
+    view = view_of(run)
     _check_export(run, params, stats, view)
     statistics = next((c.args for c in view.calls if c.name == "normalise"), {"mean": (0.0,), "std": (1.0,)})
     mean, std = (np.broadcast_to(statistics[name], (3,)) for name in ("mean", "std"))
     ours = {"view": str(view), "size": run.facts.size, "mpp": run.facts.mpp, "dtype": run.config.dtype}
-    ours |= {"run": run.name, "step": run.step, "checkpoint": run.digest}
+    ours |= {"run": run.name, "step": run.step, "checkpoint": run.digest, "train_cases": list(run.facts.train_cases)}
     side = view.size or run.facts.size
     with only_one(out):
         on_host = jax.device_get((params, stats))
@@ -168,17 +172,22 @@ def export(workdir: str | Path, out: str | Path) -> dict[str, Any]:
     return {"architecture": name, "features": models.make(run.config.encoder).dim, "step": run.step}
 
 
-def _view(run: Trained) -> views.View:
+def view_of(run: Trained) -> views.View:
+    """What the H&E encoder sees of a tile in evaluation."""
     modality = run.facts.modalities["he"]
     size, channels = run.config.views.size, modality.channels
     return views.parse(run.config.views.eval, size=size, kind=modality.kind, channels=channels)
 
 
-def _encoder_part(tree: Any, run: Trained) -> Any:
-    part = tree.get("he")
-    if part is None:
+def part_of(run: Trained) -> tuple[Any, Any]:
+    """(params, statistics) of the H&E encoder alone: the teacher's, where that is what evaluators see of a DINO."""
+    found: tuple[Any, Any] = (run.params.get("he"), run.extra.get("he"))
+    if "dino" in run.config and run.config.dino.embed == "teacher":
+        found = (run.extra["teacher"]["params"], run.extra["teacher"]["stats"])
+    if None in found:
         raise ValueError(f"{run.path}: the method {run.config.method!r} keeps no H&E encoder under 'he'")
-    return part.get("encoder", part)
+    params, stats = (part.get("encoder", part) for part in found)
+    return params, stats
 
 
 def _check_export(run: Trained, params: Any, stats: Any, view: views.View) -> None:

@@ -83,10 +83,20 @@ def extract(
             if job.state == "failed":
                 job.set_aside()
         report.rows = [job.row() for job in jobs]
-        write_status_table(out / "status.csv", report.rows)
-        whole = [job.entry for job in jobs if job.state != "failed"]
-        store.write_tables(place, [{n: getattr(e, n) for n in ("slide_id", "case_id", "label")} for e in whole])
+        _write_tables(place, report.rows, jobs)
+        store.write_encoder(place, encoder.cases)
     return report
+
+
+def _write_tables(place: Layout, rows: list[dict[str, Any]], jobs: Sequence["_Job"]) -> None:
+    """Of all slides in the folder: those of this call, and those of earlier ones that lie there still."""
+    beside, labels = store.slides_beside(place, rows), store.labels_before(place)
+    write_status_table(place.out / "status.csv", [*rows, *beside])
+    whole = [
+        {n: getattr(job.entry, n) for n in ("slide_id", "case_id", "label")} for job in jobs if job.state != "failed"
+    ]
+    kept = [{n: row[n] for n in ("slide_id", "case_id")} | {"label": labels.get(row["slide_id"], "")} for row in beside]
+    store.write_tables(place, [*whole, *kept])
 
 
 def _account(ledger: Ledger, bar: Any, say: Callable[[str], None]) -> Callable[["_Job"], None]:

@@ -86,8 +86,10 @@ def queue_nce(
     group: Array | None = None,
     queue_group: Array | None = None,
     mask: Array | None = None,
+    batch_negatives: bool = False,
 ) -> Loss:
-    """MoCo: row i of query belongs to row i of key, and the rows of the queue [K, D], of length 1, are its negatives.
+    """MoCo: row i of query belongs to row i of key, and the rows of the queue [K, D], of length 1, are its negatives;
+    with batch_negatives the other keys of the batch as well.
 
     Only the query gets a gradient. group [B] and queue_group [K] int: rows of one group are no negatives.
     """
@@ -96,6 +98,12 @@ def queue_nce(
     negative = jnp.matmul(query, lax.stop_gradient(queue).T, precision=EXACT)
     if group is not None and queue_group is not None:
         negative = jnp.where(group[:, None] == queue_group[None], -jnp.inf, negative)
+    if batch_negatives:
+        left_out = jnp.eye(len(key), dtype=bool)
+        left_out = left_out if mask is None else left_out | ~mask[None]
+        left_out = left_out if group is None else left_out | (group[:, None] == group[None])
+        others = jnp.matmul(query, key.T, precision=EXACT)
+        negative = jnp.concatenate([negative, jnp.where(left_out, -jnp.inf, others)], 1)
     logits = jnp.concatenate([positive[:, None], negative], 1) / temperature
     loss = masked_mean(jax.nn.logsumexp(logits, 1) - logits[:, 0], mask)
     right = (positive >= jnp.max(negative, 1)).astype(jnp.float32)
@@ -326,8 +334,10 @@ def distribution_signs(
 def prototype_ce(student: Array, targets: Array, *, temperature: float = 0.1, mask: Array | None = None) -> Loss:
     """Cross-entropy of every student view [S, B, K] with ONE distribution a row [B, K], that of the row's prototype.
     The mask names the rows whose slide has prototypes; a batch without any costs 0."""
-    logs = student.astype(jnp.float32) / temperature
-    loss = masked_mean(jnp.mean(soft_xent(targets, logs), 0), mask)
+    rows = jnp.zeros(targets.shape[0])
+    for view in student:
+        rows += dual_xent(targets, 1, view.astype(jnp.float32) / temperature)
+    loss = masked_mean(rows / len(student), mask)
     return loss, {"eligible": masked_mean(jnp.ones(targets.shape[0]) if mask is None else mask * 1.0, None)}
 
 

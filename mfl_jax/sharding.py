@@ -70,6 +70,11 @@ def put(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     return placed
 
 
+def put_whole(array: np.ndarray, places: NamedSharding) -> jax.Array:
+    """On the devices as `places` says: of an array that every process holds whole."""
+    return jax.make_array_from_callback(array.shape, places, lambda index: array[index])
+
+
 def prefetch(
     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, depth: int = 2
 ) -> Generator[dict[str, Any], None, None]:

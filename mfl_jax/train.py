@@ -1,7 +1,7 @@
 """`mfl train`: one linear loop, for every method, on one device or many processes.
 
-The order within a turn is fixed: evaluate, save, next batch, step. What is evaluated and saved is then always the state
-before the step of that number, and a run that is stopped and started again repeats nothing and skips nothing.
+The order within a turn is fixed: evaluate, save, refresh, next batch, step. What is evaluated and saved is then always
+the state before the step of that number, and a run that is stopped and started again repeats nothing and skips nothing.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict
 from mfl_jax import config as configs
 from mfl_jax import data, evaluators, methods, optim, preempt, sharding, trees, watch
 from mfl_jax.checkpoint import Checkpoints
+from mfl_jax.evaluators import Embedded, embed_pass
 from mfl_jax.methods.base import Method
 from mfl_jax.metrics import Metrics, check_writers
 from mfl_jax.step import State, averaged, init_state, make_step
@@ -105,8 +107,20 @@ def plan(
         source=source or data.source(reading.data, reading.seed, override),
         **loop,
     )
+    if built.method.refresh is not None:
+        _check_survey(built, reading.data)
     reading.check_all_read(but="data." if given and source else "")
     return built
+
+
+def _check_survey(run: Plan, reading: Any) -> None:
+    if reading.share != 1:
+        raise ValueError(
+            f"data.share is {reading.share}, and {run.name} looks at every tile of the split now and then: what it "
+            "finds would be of tiles that are not trained on. Leave it at 1, and give a split with fewer cases"
+        )
+    if not hasattr(run.source, "everything"):
+        raise ValueError(f"{run.name} looks at every tile of the split now and then; the source has no everything()")
 
 
 def train(
@@ -127,73 +141,153 @@ def train(
     """
     preempt.initialize()
     run = plan(config, source=source, facts=facts, override=override)
-    primary = jax.process_index() == 0
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(preempt.locked(workdir))
-        metrics = Metrics(workdir, run.writers, config.to_dict(), jax.process_index())
-        stack.enter_context(contextlib.closing(metrics))
-        changed = check_unchanged(config, workdir, override)
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep, keep_every=run.keep_every)
-        stack.enter_context(contextlib.closing(checkpoints))
-
-        # ---- the newest checkpoint that verifies, or a fresh state; the stream from there on; the step, compiled ----
-        places, like, example = _shapes(run)
-        state, saved = _start(run, checkpoints, places, like, example)
-        step = int(state.step)
         end = run.total if stop_at is None else min(stop_at, run.total)
-        stream = run.source(step, saved.get("stream"))
-        stack.callback(getattr(stream, "close", lambda: None))
-        batches = sharding.prefetch(data.checked(stream, run.facts, run.batch), run.mesh)
-        stack.callback(batches.close)
-        _note_start(metrics, checkpoints, (*changed, *getattr(stream, "overridden", ())))
-        if primary:
-            _describe(config, run.facts, workdir, state, progress)
-        compiled: Any = _compile(run, places, like, example) if step < end else None  # a run that has ended
-        profile = stack.enter_context(contextlib.closing(watch.Profile(workdir / "profile", run.profile_at)))
-        options: dict[str, Any] = {"name": run.name, "start": step, "total": run.total, "batch": run.batch}
-        watched = watch.Watch(metrics, every=run.log_every, progress=progress and primary, **options)
-        stack.enter_context(contextlib.closing(watched))
-
-        # ---- the loop: evaluate, save, next batch, step; do not change this order ----
+        state, saved, parts = _open(stack, run, config, workdir, end=end, override=override, progress=progress)
+        step = int(state.step)
         last_saved = step if saved else -1
         evaluated = step if saved.get("evaluated") else -1
+
+        # ---- the loop: evaluate, save, refresh, next batch, step; do not change this order ----
         while True:
             stopping = preempt.asked_to_stop()
-            due = [e for e in run.evaluators if e.due(step, end)] if step > evaluated and not stopping else []
-            if due:
-                watched.flush()
-                for evaluator in due:
-                    metrics.write(step, evaluator(run.method, averaged(state)))
-                watched.paused()
-            evaluated = evaluated if stopping else step
             last = stopping or step >= end
+            if step > evaluated and not stopping:
+                _evaluate(run, parts, state, step, end)
+                evaluated = step
             if step > last_saved and (last or (run.save_every and step and step % run.save_every == 0)):
-                watched.flush()
-                described: dict[str, Any] = getattr(stream, "state", dict)()
-                meta = {"stream": {**described, "step": step} if described else None, "evaluated": evaluated == step}
-                checkpoints.save(step, state, meta)
+                _save(parts, state, step, evaluated == step)
                 last_saved = step
-                watched.paused()
             if last:
                 break
-            if run.method.refresh is not None and step % run.method.refresh.every == 0:
-                state = replace(state, extra=run.method.refresh.fn(state))
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            watched.waited(time.perf_counter() - asked)
-            if batch is None:
-                raise ValueError(f"the source ended before step {step}, of {end}")
-            profile.before(step, state)
+            if run.method.refresh is not None and run.method.refresh.due(step):
+                try:
+                    state = _refresh(run, parts, state, step)
+                except Told:
+                    continue  # nothing has changed: it is saved as it was, and refreshed by the run that goes on
+            batch = _next_batch(parts, step, end)
+            parts.profile.before(step, state)
             with jax.transfer_guard("disallow"):
-                state, values = compiled(state, batch)
-            watched.dispatched(step, values, batch.get("id"))
-            checkpoints.check()
+                state, values = parts.compiled(state, batch)
+            parts.watched.dispatched(step, values, batch.get("id"))
+            parts.checkpoints.check()
             step += 1
-        checkpoints.wait()
+        parts.checkpoints.wait()
         if stopping:
             log.warning("asked to stop: saved at step %d; the same command goes on from there", step)
         return state
+
+
+class Told(Exception):  # noqa: N818
+    """The run was asked to stop in the midst of a survey."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is open while a run is at work."""
+
+    metrics: Metrics
+    checkpoints: Checkpoints
+    stream: Any
+    batches: Any
+    compiled: Any  # the step; None where none is left to do
+    profile: watch.Profile
+    watched: watch.Watch
+
+
+def _open(
+    stack: contextlib.ExitStack,
+    run: Plan,
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    end: int,
+    override: bool,
+    progress: bool,
+) -> tuple[State, dict[str, Any], Parts]:
+    """The newest checkpoint that verifies, or a fresh state; what was saved with it; the stream from there on and the
+    step, compiled. The stack closes all of it."""
+    primary = jax.process_index() == 0
+    metrics = stack.enter_context(
+        contextlib.closing(Metrics(workdir, run.writers, config.to_dict(), jax.process_index()))
+    )
+    changed = check_unchanged(config, workdir, override)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=run.keep, keep_every=run.keep_every)
+    stack.enter_context(contextlib.closing(checkpoints))
+    places, like, example = _shapes(run)
+    state, saved = _start(run, checkpoints, places, like, example)
+    step = int(state.step)
+    stream = run.source(step, saved.get("stream"))
+    stack.callback(getattr(stream, "close", lambda: None))
+    batches = sharding.prefetch(data.checked(stream, run.facts, run.batch), run.mesh)
+    stack.callback(batches.close)
+    _note_start(metrics, checkpoints, (*changed, *getattr(stream, "overridden", ())))
+    if primary:
+        _describe(config, run.facts, workdir, state, progress)
+    compiled = _compile(run, places, like, example) if step < end else None
+    profile = stack.enter_context(contextlib.closing(watch.Profile(workdir / "profile", run.profile_at)))
+    options: dict[str, Any] = {"name": run.name, "start": step, "total": run.total, "batch": run.batch}
+    watched = watch.Watch(metrics, every=run.log_every, progress=progress and primary, **options)
+    stack.enter_context(contextlib.closing(watched))
+    return state, saved, Parts(metrics, checkpoints, stream, batches, compiled, profile, watched)
+
+
+def _evaluate(run: Plan, parts: Parts, state: State, step: int, end: int) -> None:
+    if due := [e for e in run.evaluators if e.due(step, end)]:
+        parts.watched.flush()
+        for evaluator in due:
+            parts.metrics.write(step, evaluator(run.method, averaged(state)))
+        parts.watched.paused()
+
+
+def _save(parts: Parts, state: State, step: int, evaluated: bool) -> None:
+    parts.watched.flush()
+    described: dict[str, Any] = getattr(parts.stream, "state", dict)()
+    meta = {"stream": {**described, "step": step} if described else None, "evaluated": evaluated}
+    parts.checkpoints.save(step, state, meta)
+    parts.watched.paused()
+
+
+def _refresh(run: Plan, parts: Parts, state: State, step: int) -> State:
+    parts.watched.flush()
+    state, values = refreshed(run, state, preempt.asked_to_stop)
+    if values:
+        parts.metrics.write(step, values)
+    parts.watched.paused()
+    return state
+
+
+def _next_batch(parts: Parts, step: int, end: int) -> dict[str, Any]:
+    asked = time.perf_counter()
+    batch = next(parts.batches, None)
+    parts.watched.waited(time.perf_counter() - asked)
+    if batch is None:
+        raise ValueError(f"the source ended before step {step}, of {end}")
+    return batch
+
+
+def refreshed(
+    run: Plan, state: State, asked_to_stop: Callable[[], bool] = lambda: False
+) -> tuple[State, dict[str, float]]:
+    """The state with what the method's refresh makes of the whole split, and its metrics. Told, where a survey is
+    interrupted."""
+
+    def until_told(stream: Iterable[Any]) -> Iterator[Any]:
+        for batch in stream:
+            if asked_to_stop():
+                raise Told
+            yield batch
+
+    def survey(embed: Any, params: Any, extra: Any) -> Embedded:
+        with contextlib.closing(source.everything()) as stream:
+            return embed_pass(embed, params, extra, until_told(stream), run.mesh)
+
+    source: Any = run.source  # plan() has seen that it has everything()
+    assert run.method.refresh is not None
+    extra, values = run.method.refresh.fn(state, survey)
+    return replace(state, extra=extra), dict(values)
 
 
 def _shapes(run: Plan) -> tuple[Any, Any, Any]:

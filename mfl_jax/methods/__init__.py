@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from mfl_jax.data import Facts
-from mfl_jax.methods import dino, mfl, moco, siamese, supervised, trident, two_view
+from mfl_jax.methods import dino, mfl, moco, siamese, slpd, supervised, trident, two_view
 from mfl_jax.methods.base import Method, Refresh
 
 __all__ = ["METHODS", "Method", "Refresh", "make"]
@@ -16,6 +16,7 @@ METHODS = {
     "mfl": mfl.make,
     "moco": moco.make,
     "siamese": siamese.make,
+    "slpd": slpd.make,
     "supervised": supervised.make,
     "trident": trident.make,
     "two_view": two_view.make,

@@ -13,7 +13,7 @@ from mfl_jax import config as configs
 from mfl_jax.data import Facts
 from mfl_jax.views import Modality
 
-SIZE, BATCH = 16, 8
+SIZE, BATCH, SLIDES = 16, 8, 5
 CELLS, FEATURES = 4, 6  # of a region
 CONFIGS = Path(__file__).parents[2] / "configs"
 OF_METHOD = {"dino": "dino_tiles"}  # the config that a method is tested by, where it is called otherwise
@@ -41,7 +41,7 @@ def facts(data: ConfigDict, examples: int = 64) -> Facts:
     shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
     shapes |= dict.fromkeys(("label", "slide", "case"), ((), "int32"))
     shapes |= dict.fromkeys(data.columns, ((), "float32"))
-    return Facts(size, 1.0, modalities, shapes, ("a", "b", "c"), examples)
+    return Facts(size, 1.0, modalities, shapes, ("a", "b", "c"), examples, slides=SLIDES, records=examples)
 
 
 def batch(facts: Facts, step: int, *, rows: int = BATCH, seed: int = 0) -> dict[str, np.ndarray]:
@@ -67,7 +67,12 @@ def batch(facts: Facts, step: int, *, rows: int = BATCH, seed: int = 0) -> dict[
             made[name] = (draw.poisson(3.0, (rows, *shape)) + label[:, None]).astype(np.float32)
         else:
             made[name] = draw.normal(size=rows).astype(np.float32)
-    made |= {"label": label, "slide": label * 2, "case": label, "id": (step * rows + np.arange(rows)).astype(np.int32)}
+    made |= {
+        "label": label,
+        "slide": label * 2,
+        "case": label,
+        "id": ((step * rows + np.arange(rows)) % facts.examples).astype(np.int32),
+    }
     return {name: made[name] for name in facts.shapes}
 
 
@@ -82,6 +87,12 @@ class Source:
         assert state is None or (state["step"], state["seed"]) == (step, self.seed), state
         self.asked.append(step)
         return Run(self, step)
+
+    def everything(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of the first epoch."""
+        stream = Run(self, 0)
+        for _ in range(self.facts.examples // self.rows):
+            yield next(stream)
 
 
 class Run:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfl_jax.kmeans import kmeans, lloyd
+from mfl_jax.kmeans import kmeans, kmeans_of_few, lloyd
 
 
 def plain_lloyd(x, start, iterations):
@@ -87,3 +87,15 @@ def test_equal_rows_are_one_cluster_without_nan():
     np.testing.assert_allclose(found.centroids, 1)
     assert float(found.inertia) == 0
     assert set(np.asarray(found.assignment).tolist()) == {0}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_few_rows_the_same_is_found_from_their_products_alone(seed):
+    x, _ = blobs(seed, [13, 9, 14], dim=20, apart=(8.0, 1.0, 0.5, 0.0)[seed])
+    x, mask = (x + 3).astype(np.float32), np.arange(36) < (36, 30, 20, 2)[seed]
+    x[~mask] = np.nan
+    plain = kmeans(jax.random.key(seed), x, mask, 4, 10, 5)
+    found = kmeans_of_few(jax.random.key(seed), x, mask, 4, 10, 5)
+    np.testing.assert_array_equal(found.assignment, plain.assignment)
+    np.testing.assert_allclose(found.centroids, plain.centroids, atol=1e-5)
+    assert float(found.inertia) == pytest.approx(float(plain.inertia), rel=1e-4, abs=1e-3)

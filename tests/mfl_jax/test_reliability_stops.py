@@ -32,10 +32,17 @@ def tell(what):
         (workdir / "told").write_text(what)
         os.kill(os.getpid(), signal.SIGTERM)
 
-def refreshed(state):
+def refreshed(state, survey):
     if int(state.step) == 4:
         tell("refresh")
-    return state.extra
+        embed = lambda params, extra, batch: {"he": batch["he"][:, 0, 0]}
+        assert len(survey(embed, state.params, state.extra)) == 64
+    return state.extra, {"refreshed": 1}
+
+def shown(everything):
+    for batch in everything:
+        tell("survey")
+        yield batch
 
 class Evaluator:
     def due(self, step, end):
@@ -51,11 +58,13 @@ def telling(folder):
     write_digests(folder)
 
 checkpoint.write_digests = telling
-methods.METHODS["toy"] = lambda *made: replace(toy.make(*made), refresh=Refresh(1, refreshed))
+methods.METHODS["toy"] = lambda *made: replace(toy.make(*made), refresh=Refresh(1, 0, refreshed))
 train.evaluators.make = lambda *of: (Evaluator(),)
 config = toy.config(steps=1_000_000, every=4, log_every=1)
 facts = synthetic.facts(config.data)
 source = synthetic.Source(facts, hosts=(jax.process_index(), jax.process_count()))
+everything = source.everything
+source.everything = lambda: shown(everything())
 state = train.train(config, workdir, source=source, facts=facts, progress=False, stop_at=stop_at)
 digest = hashlib.sha256()
 for leaf in jax.tree.leaves(jax.device_get(state)):
@@ -88,7 +97,7 @@ def completed(workdir: Path, where: str, count: int, *, stop_at: int = 0) -> lis
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("where", ["eval", "refresh", "save"])
+@pytest.mark.parametrize("where", ["eval", "refresh", "survey", "save"])
 def test_told_to_stop_in_the_midst_of_it_all_end_well_and_go_on_as_if_never_told(where, count, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()

@@ -117,27 +117,77 @@ def test_one_compilation_a_run(tmp_path):
 def test_an_implicit_transfer_in_the_step_is_an_error(tmp_path, monkeypatch):
     def careless(reading, facts, mesh):
         made = toy.make(reading, facts, mesh)
-        return replace(made, refresh=Refresh(1, lambda state: jax.device_get(state.extra)))
+        return replace(made, refresh=Refresh(1, 0, lambda state, survey: (jax.device_get(state.extra), {})))
 
     monkeypatch.setitem(methods.METHODS, "toy", careless)
     with pytest.raises(Exception, match=r"[Dd]isallowed host-to-device transfer"):
         toy.run(toy.config(), tmp_path)
 
 
-def test_a_refresh_runs_before_every_step_that_is_due(tmp_path, monkeypatch):
-    called = []
+def refreshing(called, start=0):
+    """The toy with a refresh at every third step that counts the tiles of the whole split, and what it saw of them."""
 
-    def refreshed(reading, facts, mesh):
-        def fn(state):
+    def make(reading, facts, mesh):
+        def embed(params, extra, batch):
+            return {"he": batch["he"].reshape(len(batch["he"]), -1)[:, :4]}
+
+        def fn(state, survey):
+            found = survey(embed, state.params, state.extra)
+            assert found.ids.tolist() == list(range(facts.examples))
+            pixels = np.concatenate([synthetic.batch(facts, step)["he"] for step in range(8)])
+            np.testing.assert_array_equal(found.features["he"], pixels.reshape(64, -1)[:, :4])
             called.append(int(state.step))
-            return state.extra | {"seen": state.extra["seen"] * 0}
+            seen = jax.device_put(np.int32(1000 * len(found)), state.extra["seen"].sharding)
+            return state.extra | {"seen": seen}, {"refreshed": len(found)}
 
-        return replace(toy.make(reading, facts, mesh), refresh=Refresh(3, fn))
+        return replace(toy.make(reading, facts, mesh), refresh=Refresh(3, start, fn))
 
-    monkeypatch.setitem(methods.METHODS, "toy", refreshed)
+    return make
+
+
+@pytest.mark.parametrize(("start", "steps"), [(0, [0, 3, 6]), (2, [2, 5])])
+def test_a_refresh_sees_the_whole_split_before_every_step_that_is_due(start, steps, tmp_path, monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "toy", refreshing(called := [], start))
     state = toy.run(toy.config(steps=7), tmp_path)
-    assert called == [0, 3, 6]
-    assert int(state.extra["seen"]) == synthetic.BATCH
+    assert called == steps
+    assert [row["step"] for row in rows(tmp_path) if row.get("refreshed") == 64] == steps
+    assert int(state.extra["seen"]) == 64000 + (7 - steps[-1]) * synthetic.BATCH
+
+
+def test_stopped_at_or_between_refreshes_it_ends_as_if_never_stopped(tmp_path, monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "toy", refreshing([], 2))
+    whole = toy.run(toy.config(steps=7), tmp_path / "whole")
+    for stop in (2, 4, 5):
+        toy.run(toy.config(steps=7), tmp_path / str(stop), stop_at=stop)
+        monkeypatch.setitem(methods.METHODS, "toy", refreshing(called := [], 2))
+        synthetic.assert_same(whole, toy.run(toy.config(steps=7), tmp_path / str(stop)))
+        assert called == [step for step in (2, 5) if step >= stop]
+
+
+def test_told_to_stop_in_the_midst_of_a_survey_it_saves_what_was_before_and_goes_on_with_the_refresh(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(methods.METHODS, "toy", refreshing(called := [], 5))
+    whole = toy.run(toy.config(steps=7), tmp_path / "whole")
+    asked = []
+    monkeypatch.setattr(train.preempt, "asked_to_stop", lambda: asked.append(1) or len(asked) > 9)
+    toy.run(toy.config(steps=7), tmp_path / "told")
+    assert called == [5]
+    assert len(asked) == 6 + 4 + 1  # before steps 0 to 5, for batches of the survey, and at the end
+    assert {path.name for path in (tmp_path / "told" / "checkpoints").iterdir()} == {"4", "5"}
+    monkeypatch.undo()
+    monkeypatch.setitem(methods.METHODS, "toy", refreshing(called := [], 5))
+    synthetic.assert_same(whole, toy.run(toy.config(steps=7), tmp_path / "told"))
+    assert called == [5]
+
+
+def test_a_refresh_is_refused_of_a_part_of_the_split_or_a_source_that_cannot_show_it_all(tmp_path, monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "toy", refreshing([]))
+    with pytest.raises(ValueError, match=r"data.share is 0.5.*every tile of the split"):
+        toy.run(toy.config(data__share=0.5), tmp_path)
+    facts = synthetic.facts(toy.config().data)
+    with pytest.raises(ValueError, match=r"the source has no everything"):
+        train.train(toy.config(), tmp_path, source=lambda step, state: iter(()), facts=facts, progress=False)
 
 
 def test_a_changed_config_is_refused_by_name_and_an_override_is_noted(tmp_path):

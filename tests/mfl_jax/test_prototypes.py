@@ -1,0 +1,211 @@
+"""Prototypes and likeness of slides, against float64 brute force: all permutations, and SciPy's Hungarian method."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from mfl_jax import prototypes
+
+ROOT = Path(__file__).parents[2]
+COUNTS = (40, 3, 14, 0, 33, 12, 60, 16)
+LEAST = 12
+
+
+def cohort(seed=0, counts=COUNTS, k=3, dim=24, apart=6.0):
+    """Regions of every slide around k directions of its own, in an order that is not by slide."""
+    draw = np.random.default_rng(seed)
+    slide = draw.permutation(np.repeat(np.arange(len(counts)), counts))
+    kind = draw.integers(0, k, len(slide))
+    middle = draw.normal(size=(len(counts), k, dim)) * apart
+    x = middle[slide, kind] + draw.normal(size=(len(slide), dim))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32), slide, kind
+
+
+def clustered(x, slide, slides=8, k=3, **options):
+    return prototypes.cluster(jax.random.key(7), x, slide, slides, k, **{"least": LEAST, **options})
+
+
+@pytest.fixture(scope="module")
+def found():
+    return clustered(*cohort()[:2])
+
+
+def test_prototypes_are_the_directions_of_the_means_of_their_regions(found):
+    x, slide, kind = cohort()
+    assert found.eligible.tolist() == [count >= LEAST for count in COUNTS]
+    for number, count in enumerate(COUNTS):
+        rows, of = slide == number, found.assignment[slide == number]
+        if count < LEAST:
+            assert (of == -1).all()
+            assert not found.vectors[number].any()
+            assert not found.sizes[number].any()
+            continue
+        assert len({*zip(of.tolist(), kind[rows].tolist(), strict=True)}) == 3  # one cluster a kind
+        assert found.sizes[number].tolist() == np.bincount(of, minlength=3).tolist()
+        for k in range(3):
+            mean = x[rows][of == k].astype(np.float64).mean(0)
+            np.testing.assert_allclose(found.vectors[number, k], mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_a_slide_is_clustered_the_same_whatever_is_clustered_with_it(found):
+    x, slide, _ = cohort()
+    some = np.isin(slide, (2, 6))
+    alone = clustered(x[some], slide[some])
+    assert np.flatnonzero(alone.eligible).tolist() == [2, 6]
+    np.testing.assert_array_equal(alone.assignment, found.assignment[some])
+    np.testing.assert_array_equal(alone.vectors[[2, 6]], found.vectors[[2, 6]])
+
+
+def test_calls_of_few_slides_are_as_one_of_all(found, monkeypatch):
+    monkeypatch.setattr(prototypes, "CALL", 1)
+    monkeypatch.setattr(prototypes, "SLIDES", 2)
+    x, slide, _ = cohort()
+    some = np.isin(slide, (2, 5, 7))
+    one_by_one = clustered(x[some], slide[some])
+    np.testing.assert_array_equal(one_by_one.assignment, found.assignment[some])
+    np.testing.assert_allclose(one_by_one.vectors[[2, 5, 7]], found.vectors[[2, 5, 7]], atol=1e-6)
+
+
+def test_equal_regions_and_long_slides_give_no_nan():
+    x = np.ones((40, 24), np.float32)
+    same = clustered(x, np.full(40, 4))
+    np.testing.assert_allclose(same.vectors[4], 24**-0.5, rtol=1e-5)
+    assert not clustered(0 * x, np.full(40, 4)).vectors.any()
+    x, slide, kind = cohort(counts=(70,), dim=8)  # more regions than twice the features: the other k-means
+    long = clustered(x, slide, slides=1)
+    assert len({*zip(long.assignment.tolist(), kind.tolist(), strict=True)}) == 3
+
+
+def unit(seed, slides, k, dim=6):
+    x = np.random.default_rng(seed).normal(size=(slides, k, dim))
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def by_permutations(vectors):
+    """float64 [S, S] of the best of all K! matchings."""
+    v = vectors.astype(np.float64)
+    cosine = np.einsum("iad,jbd->ijab", v, v)
+    k = vectors.shape[1]
+    return np.max([sum(cosine[:, :, a, p[a]] for a in range(k)) for p in itertools.permutations(range(k))], axis=0)
+
+
+def check_neighbours(found, best, vectors, eligible, n):
+    """Of scores that float32 tells apart, the order; of every neighbour, a matching that reaches its score."""
+    best = np.where(eligible[:, None] & eligible & ~np.eye(len(best), dtype=bool), best, -np.inf)
+    order = np.argsort(-best, 1, kind="stable")[:, :n]
+    score = np.take_along_axis(best, order, 1)
+    np.testing.assert_allclose(found.score, score, atol=1e-5)
+    np.testing.assert_array_equal(found.slide == -1, np.isneginf(score))
+    ranked = np.sort(np.where(np.isneginf(best), -9, best), 1)[:, ::-1]
+    clear = (ranked[:, :n] - ranked[:, 1 : n + 1] > 1e-5) & np.isfinite(score)
+    clear[:, 1:] &= clear[:, :-1]
+    assert clear.sum() > 0
+    np.testing.assert_array_equal(found.slide[clear], order[clear])
+    for one, rank in np.argwhere(found.slide >= 0):
+        other, taken = found.slide[one, rank], found.transfer[one, rank]
+        assert sorted(taken) == list(range(vectors.shape[1]))
+        reached = (vectors[one].astype(np.float64) * vectors[other][taken]).sum()
+        assert reached == pytest.approx(found.score[one, rank], abs=1e-5)
+
+
+@pytest.mark.parametrize(("k", "n", "slides"), [(1, 1, 7), (2, 3, 40), (3, 2, 5), (4, 1, 130), (5, 2, 70)])
+def test_neighbours_are_those_of_all_permutations(k, n, slides):
+    vectors = unit(k, slides, k)
+    eligible = np.random.default_rng(k).random(slides) < 0.8
+    vectors[~eligible] = 0
+    found = prototypes.neighbours(vectors, eligible, n)
+    check_neighbours(found, by_permutations(vectors), vectors, eligible, n)
+    assert (found.slide[~eligible] == -1).all()
+    assert not np.isin(found.slide, np.flatnonzero(~eligible)).any()
+
+
+@pytest.mark.parametrize("k", [prototypes.EXACT + 1, 12])
+def test_of_many_prototypes_they_are_those_of_the_hungarian_method(k):
+    vectors, eligible = unit(k, 14, k), np.ones(14, bool)
+    best = np.zeros((14, 14))
+    for i, j in itertools.product(range(14), repeat=2):
+        cosine = vectors[i].astype(np.float64) @ vectors[j].T
+        best[i, j] = cosine[linear_sum_assignment(cosine, maximize=True)].sum()
+    check_neighbours(prototypes.neighbours(vectors, eligible, 2), best, vectors, eligible, 2)
+
+
+def test_matchings_of_eight_are_those_of_the_hungarian_method():
+    cosine = np.random.default_rng(0).normal(size=(8, 5, 8, 7)).astype(np.float32)
+    sums = jax.jit(prototypes.best_sums)(cosine)
+    for i, j in itertools.product(range(5), range(7)):
+        assert float(sums[i, j]) == pytest.approx(prototypes.best_matching(cosine[:, i, :, j])[0], abs=1e-5)
+
+
+def test_tiles_of_the_table_of_any_size_give_the_same(monkeypatch):
+    vectors, eligible = unit(3, 130, 4), np.ones(130, bool)
+    whole = prototypes.neighbours(vectors, eligible, 2)
+    monkeypatch.setattr(prototypes, "ROWS", 8)
+    monkeypatch.setattr(prototypes, "COLUMNS", 64)
+    prototypes._comparing.cache_clear()
+    for one, other in zip(prototypes.neighbours(vectors, eligible, 2), whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_of_equal_slides_the_lower_number_is_the_neighbour():
+    vectors = np.repeat(unit(4, 1, 2), 150, 0)
+    found = prototypes.neighbours(vectors, np.ones(150, bool), 2)
+    assert found.slide[:3].tolist() == [[1, 2], [0, 2], [0, 1]]
+    assert (found.slide[3:] == [0, 1]).all()
+
+
+def test_argmax_takes_the_most_alike_and_may_take_one_twice():
+    vectors = np.array([[[1, 0], [0.8, 0.6]], [[1, 0], [0, 1]]], np.float32)
+    eligible = np.ones(2, bool)
+    matched = prototypes.neighbours(vectors, eligible)
+    taken = prototypes.neighbours(vectors, eligible, transfer="argmax")
+    assert matched.transfer.tolist() == [[[0, 1]], [[0, 1]]]
+    assert taken.transfer.tolist() == [[[0, 0]], [[0, 1]]]
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_a_slide_alone_has_no_neighbour(known):
+    found = prototypes.neighbours(unit(0, 3, 2), np.arange(3) < known, 2)
+    assert (found.slide == -1).all()
+    assert (found.transfer == -1).all()
+
+
+DEVICES = """
+import jax, numpy as np
+from mfl_jax import prototypes, sharding
+from tests.mfl_jax.test_prototypes import cohort, clustered
+found = []
+for count in (1, 8):
+    mesh = sharding.make_mesh(devices=jax.devices()[:count])
+    made = clustered(*cohort(counts=(14,) * 40)[:2], slides=40, mesh=mesh)
+    found.append((*made, *prototypes.neighbours(made.vectors, made.eligible, 2, mesh=mesh)))
+for one, eight in zip(*found):
+    assert one.tobytes() == eight.tobytes()
+print("the same on", jax.device_count())
+"""
+
+
+def test_eight_devices_find_bit_by_bit_what_one_does():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    told = subprocess.run([sys.executable, "-c", DEVICES], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert told.stdout == "the same on 8\n", told.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: clustered(*cohort()[:2], least=2), "a slide of 2 regions cannot have 3 prototypes"),
+        (lambda: clustered(*cohort()[:2], slides=4), "there are 4 slides, numbered from 0; a region is of slide 7"),
+        (lambda: prototypes.neighbours(unit(0, 3, 2), np.ones(3, bool), 0), "at least 1 neighbour, not 0"),
+        (lambda: prototypes.neighbours(unit(0, 3, 2), np.ones(3, bool), transfer="best"), "allowed: matched, argmax"),
+    ],
+)
+def test_a_wrong_request_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
