@@ -14,7 +14,7 @@ def data(tileset: str, *, batch: int, partners: tuple[str, ...] = (), columns: t
             "columns": columns,  # of the tile set, beside label, slide and case
             "near_um": 0.0,  # above 0 every tile comes with one so near
             "far_um": 0.0,  # above 0 every tile comes with one of its slide farther away than that
-            "balance": "",  # '', 'case' or 'slide'
+            "balance": "",  # '', 'case', 'slide', or a column of classes: each of them is seen as often
             "on_bad": "raise",  # or 'replace'
             "stall_timeout": 300.0,
         }

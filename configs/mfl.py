@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mfl.partners, config.mfl.encoders = partners, ConfigDict()
     config.mfl.projector = common.projector(given)
     for partner in partners:
-        config.views[partner] = common.DENSE[partner]
+        config.views[partner], config.views[f"eval_{partner}"] = common.DENSE[partner], common.DENSE_EVAL[partner]
         config.mfl.encoders[partner] = common.dense_encoder(given, partner)
     config.optim = ConfigDict({"name": "adam", "lr": 1e-4, "schedule": "cosine", "warmup": "0.1 epochs"})
     config.optim.clip_each = 1.0

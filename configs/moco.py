@@ -5,8 +5,11 @@
 
 ''            224 px, ResNet-50 with BatchNorm in 8 groups and shuffled keys, head 2048-128, queue 65,536, momentum
               .999, temperature .2, SGD .03 at batch 256, 200 epochs (paper). One accelerator; time not yet measured.
-phantom       48 px, a compact convnet, queue 1,024, momentum .99, Adam, 500 steps of 64: two CPU cores.
-gpu           224 px, ResNet-50, bfloat16, 3,000 steps, on the slides of `mfl demo --gpu-size`; not yet run.
+phantom       48 px, a compact convnet, queue 1,024, momentum .99, Adam, 500 steps of 64: two CPU cores; the views
+              of the demo's other arms. The other keys of a batch are negatives as well: in so short a training, rows
+              of the queue are told from a key by their age alone (see mfl_jax/methods/moco.py).
+gpu           224 px, ResNet-50, bfloat16, 3,000 steps of 256, queue 16,384, otherwise as phantom, on the slides of
+              `mfl demo --gpu-size`; not yet run.
 tiny          two steps of almost nothing, for tests.
 Words         near: the key is of a tile within 200 um in the same slide (arXiv 2503.05170), not of the same tile;
               symmetric: both views are query and key in turn.
@@ -24,22 +27,25 @@ VIEW = "crop(.2,1)|flip|jitter(.4,.4,.4,.1,p=.8)|gray(.2)|blur(.1,2,p=.5)|normal
 
 def get_config(arg: str = "") -> ConfigDict:
     given = common.words(arg, ("near", "symmetric"), "moco")
-    tiny, small = "tiny" in given, bool(given & set(common.SIZES))
-    config = ConfigDict(common.loop(every=200 if small else 1000))
+    tiny, gpu, short = "tiny" in given, "gpu" in given, bool(given & {"phantom", "gpu"})
+    small = tiny or "phantom" in given
+    config = ConfigDict(common.loop(every=200 if tiny or short else 1000))
     config.name, config.method = "moco", "moco"
     config.data = common.data(common.tileset(given), batch=128 if small else 256)
     if "near" in given:
         config.data.near_um = 64.0 if small else 200.0
     config.total = ConfigDict({"epochs": 200})
     config.encoder = common.encoder(given) + ("" if small else ",bn_groups=8")
-    config.views = ConfigDict({"he": VIEW, "eval": "centre|normalise", "size": 224, "paired_geometry": False})
-    config.moco = ConfigDict({"queue": 48 if tiny else 1024 if small else 65536, "temperature": 0.2})
-    config.moco.momentum = 0.99 if small else 0.999
+    view = common.HE if short else VIEW
+    config.views = ConfigDict({"he": view, "eval": "centre|normalise", "size": 224, "paired_geometry": False})
+    queue = 48 if tiny else 1024 if small else 16384 if gpu else 65536
+    config.moco = ConfigDict({"queue": queue, "temperature": 0.2, "batch_negatives": short})
+    config.moco.momentum = 0.99 if small or gpu else 0.999
     config.moco.symmetric, config.moco.second = "symmetric" in given, "near" if "near" in given else "same"
     config.moco.mask_same_slide = False  # rows of the queue that are of the query's slide are no negatives
     config.moco.projector = f"projector,widths={'16-16' if tiny else '256-128' if small else '2048-128'}"
     config.optim = ConfigDict({"lr": 0.03, "schedule": "cosine", "warmup": "0 steps"})
-    if small:
+    if small or gpu:
         config.optim.name = "adam"
     else:
         config.optim.name, config.optim.momentum, config.optim.lr_batch = "sgd", 0.9, 256

@@ -7,7 +7,8 @@
               which are 1,792 and 6,720 px at 0.5 um; batch 128, 100 epochs, descriptors of length 1: our choices.
               One accelerator; time not yet measured.
 phantom       48 px, a compact convnet, near 64 um and far 200 um, 500 steps of 64: two CPU cores.
-gpu           224 px, ResNet-50, bfloat16, 3,000 steps, on the slides of `mfl demo --gpu-size`; not yet run.
+gpu           224 px, ResNet-50, bfloat16, near 200 um and far 800 um, 3,000 steps, on the slides of
+              `mfl demo --gpu-size`; not yet run.
 tiny          two steps of almost nothing, for tests.
 Words         loss: margin (default), triplet.
 Expect        paper: tumour retrieval and far/near distance ratio above ImageNet features and a generic self-supervised
@@ -27,14 +28,18 @@ VIEW = "flip|rotate(20)|jitter(.1,.1,.1,.05,p=.8)|normalise"
 
 def get_config(arg: str = "") -> ConfigDict:
     given = common.words(arg, LOSSES, "siamese")
-    small = bool(given & set(common.SIZES))
-    config = ConfigDict(common.loop(every=200 if small else 1000))
+    sized = bool(given & set(common.SIZES))
+    config = ConfigDict(common.loop(every=200 if sized else 1000))
     config.name, config.method = "siamese", "siamese"
     config.data = common.data(common.tileset(given), batch=128)
-    config.data.near_um, config.data.far_um = (64.0, 200.0) if small else (896.0, 3360.0)
+    config.data.near_um, config.data.far_um = (64.0, 200.0) if sized else (896.0, 3360.0)
+    if "gpu" in given:  # a tile measures 128 um
+        config.data.near_um, config.data.far_um = 200.0, 800.0
     config.total = ConfigDict({"epochs": 100})
     config.encoder = common.encoder(given)
-    view = VIEW.replace("flip|rotate(20)", "sides(.75,.75)|flip|rot90") if "phantom" in given else VIEW
+    side = ".75" if "phantom" in given else ".875"
+    cropped = VIEW.replace("flip|rotate(20)", f"sides({side},{side})|flip|rot90")
+    view = cropped if given & {"phantom", "gpu"} else VIEW
     config.views = ConfigDict({"he": view, "eval": "centre|normalise", "size": 224, "paired_geometry": False})
     config.siamese = ConfigDict({"loss": common.one_of(given, LOSSES, "loss"), "gap": 1.0})
     config.siamese.head = f"projector,widths={16 if 'tiny' in given else 128}"

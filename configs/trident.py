@@ -32,6 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.total = ConfigDict({"epochs": 100})
     config.encoder = common.encoder(given)
     config.views = ConfigDict({"he": f"2*{common.HE}", partner: common.DENSE[partner], "eval": "centre|normalise"})
+    config.views[f"eval_{partner}"] = common.DENSE_EVAL[partner]
     config.views.size, config.views.paired_geometry = 224, False
     config.trident = ConfigDict(common.objective(common.one_of(given, LOSSES, "loss"), temperature=0.5))
     config.trident.partner, config.trident.encoder = partner, common.dense_encoder(given, partner)

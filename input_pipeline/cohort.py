@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from input_pipeline.excluded import excluded
 from input_pipeline.table import read_rows
 from input_pipeline.tileset.spec import check_name, check_text_id
 
@@ -117,6 +118,16 @@ def read(
     if case_pattern:
         raise ValueError(f"a case pattern is for a folder of slides; {path} has a column case_id")
     return from_csv(path, say)
+
+
+def without(slides: list[Slide], which: str, say: Callable[[str], None] = lambda line: None) -> list[Slide]:
+    """Less those that `which` lists (excluded.py), each of which is named aloud."""
+    bad = excluded(which, [slide.slide_id for slide in slides])
+    for name, why in bad.items():
+        say(f"{name} is left out: {why}")
+    if not (kept := [slide for slide in slides if slide.slide_id not in bad]):
+        raise ValueError(f"{which} excludes all {len(slides)} slides")
+    return kept
 
 
 def from_csv(path: Path, say: Callable[[str], None] = lambda line: None) -> list[Slide]:

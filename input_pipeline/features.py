@@ -114,7 +114,7 @@ def read_bag(path: str | os.PathLike, *, mpp: float | None = None) -> Bag:
     if not side > 0:  # TRIDENT's older files, which have no patch_size_level0
         at_target, level0, target = (number(notes.get(name)) for name in TRIDENT)
         side = at_target * level0 / target if target > 0 else math.nan
-    return Bag(features, coords, side if side > 0 else _spacing(coords), notes)
+    return Bag(features, coords, side if side > 0 else spacing(coords), notes)
 
 
 def _dataset(path: Path, file: Any, name: str) -> np.ndarray:
@@ -148,7 +148,7 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def _spacing(coords: np.ndarray) -> float:
+def spacing(coords: np.ndarray) -> float:
     """CLAM's files do not say how large a tile is: the commonest step along a row or column, of equals the least. Each
     piece of tissue has a grid of its own, so that steps between any two columns say nothing."""
     steps = []

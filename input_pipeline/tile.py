@@ -381,6 +381,11 @@ def write_status_table(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, buffer.getvalue().encode())
 
 
+def unguarded(text: str) -> str:
+    """What guard_formula was given."""
+    return text[1:] if text[:1] == "'" and guard_formula(text[1:]) == text else text
+
+
 def guard_formula(value: Any) -> Any:
     """Text that a spreadsheet would take for a formula is quoted: ids and error texts come from outside."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

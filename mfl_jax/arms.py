@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from mfl_jax import config as configs
 from mfl_jax import data, metrics, trained
 from mfl_jax.data import Facts
-from mfl_jax.evaluation import ArmRuns, Seed
-from mfl_jax.evaluators.embed import colour_statistics, embed_set, mean_of_tiles
+from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, held_tiles, mean_of_tiles
 from mfl_jax.evaluators.tasks import Task, check_overlap
+from mfl_jax.findings import ArmRuns, Seed
 from mfl_jax.train import FREE, FREE_DATA
 
 if TYPE_CHECKING:
@@ -108,11 +108,12 @@ def collect(
     feature: str = "he",
     baselines: Sequence[str] = (),
     tasks: Sequence[Task] = (),
+    split: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Collected:
-    """Every run embedded once, on all tiles of the set. `baselines`: 'random', the first arm's encoder before it has
-    learnt anything; 'colour', statistics of the colours of a tile; 'mean', of the tile features of a region. A run that
-    was trained on a task's own target is scored on it by its own predictions.
+    """Every run embedded once, on all tiles of the set, or of a split. `baselines`: 'random', the first arm's encoder
+    before it has learnt anything; 'colour', statistics of the colours of a tile; 'mean', of the tile features of a
+    region. A run that was trained on a task's own target is scored on it by its own predictions.
     """
     arms: list[ArmRuns] = []
     columns: dict[str, np.ndarray] = {}
@@ -120,14 +121,16 @@ def collect(
     notes: list[str] = []
     untaught: list[Seed] = []
     _check_baselines(baselines, tileset)
-    embed = functools.partial(embed_set, tileset=tileset, mesh=mesh, batch=batch)
+    held = held_tiles(tileset, mesh, batch=batch, split=split)
+    embed = functools.partial(_embed, tileset=tileset, mesh=mesh, batch=batch, split=split, held=held)
+    count = len(tileset.ids(split))
     for name, members in group(runs).items():
         seeds: list[Seed] = []
         first = trained.open_run(members[0].path, mesh)
         seen = partners_of_embed(first, feature)
         of_arm = functools.partial(embed, first.method.embed, partners=seen)  # one function: seeds share its program
         for asked in members:
-            say(f"embedding {len(tileset):,} tiles: {asked.path}")
+            say(f"embedding {count:,} tiles: {asked.path}")
             run = first if asked is members[0] else trained.open_run(asked.path, mesh)
             digests[str(asked.path)] = run.digest
             notes += _unfinished(run)
@@ -148,6 +151,12 @@ def collect(
         what = "the features of a region's tiles, averaged"
         arms.append(ArmRuns("mean", "Mean of tile features", "baseline", (means,), what))
     return Collected(tuple(arms), columns, digests, tuple(notes))
+
+
+def _embed(
+    embed: Any, params: Any, extra: Any, *, held: Any, partners: tuple[str, ...] = (), **options: Any
+) -> Embedded:
+    return embed_set(embed, params, extra, partners=partners, held=None if partners else held, **options)
 
 
 def _check_baselines(baselines: Sequence[str], tileset: "TileSet") -> None:
@@ -222,4 +231,5 @@ def _arm(name: str, asked: Asked, seeds: tuple[Seed, ...], seen: tuple[str, ...]
     walls = [s.wall_s for s in seeds if s.wall_s is not None]
     budget |= {"wall_s": float(np.mean(walls))} if walls else {}
     # An encoder that was trained on the labels has seen all of them: few are no fewer for it.
-    return ArmRuns(name, name, kind, seeds, what, budget, ("few_label",) if supervised else ())
+    skip, share = (("few_label",), config.data.share) if supervised else ((), 1.0)
+    return ArmRuns(name, name, kind, seeds, what, budget, skip, share)

@@ -4,13 +4,14 @@ are.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from input_pipeline.excluded import excluded
 from input_pipeline.features import BagError, find_folder
 from input_pipeline.features import read_bag as read_file
 from input_pipeline.table import read_rows
@@ -88,6 +89,29 @@ def read_table(path: str | os.PathLike, target: str = "label", time: str = "", e
     if len(names) < 2:
         raise BagError(f"{path}: column {target!r} has one class only, {names[0]!r}: there is nothing to tell apart")
     return Table(slides, cases, np.array([names.index(f) for f in found]), names, None, pictures)
+
+
+def of_cases(table: Table, cases: Sequence[str]) -> Table:
+    """The slides of these cases alone."""
+    wanted = set(cases)
+    return _rows_of(table, [i for i, case in enumerate(table.cases) if case in wanted])
+
+
+def without(table: Table, which: str, say: Callable[[str], None] = lambda line: None) -> Table:
+    """Less the slides that `which` lists (input_pipeline.excluded), each of which is named aloud."""
+    bad = excluded(which, table.slides)
+    for name, why in bad.items():
+        say(f"{name} is left out: {why}")
+    return _rows_of(table, [i for i, slide in enumerate(table.slides) if slide not in bad])
+
+
+def _rows_of(table: Table, kept: Sequence[int]) -> Table:
+    if not kept:
+        raise BagError(f"none of the {len(table.slides)} slides of the table is left")
+    texts = {name: tuple(getattr(table, name)[i] for i in kept) for name in ("slides", "cases")}
+    texts |= {"pictures": tuple(table.pictures[i] for i in kept)} if table.pictures else {}
+    times = None if table.times is None else table.times[kept]
+    return replace(table, labels=table.labels[kept], times=times, **texts)
 
 
 def _number(path: Path, row: int, text: str, column: str) -> float:

@@ -1,6 +1,8 @@
-"""`mfl eval`: runs and a tile set in, results.json out. What can be refused is refused before a tile is read."""
+"""`mfl eval`: runs and a tile set in, results.json and pictures out. What can be refused is refused before a tile is
+read."""
 
 import datetime
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mfl_jax
-from mfl_jax import arms, evaluation, sharding
+from mfl_jax import arms, evaluation, looks, sharding
 from mfl_jax import config as configs
-from mfl_jax.evaluators import decode, projection
+from mfl_jax.evaluators import decode, projection, retrieval
 from mfl_jax.evaluators.tasks import Task
+from mfl_jax.findings import ArmRuns
 from mfl_jax.report import tables
 
 if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
 
 POINTS = 600  # of a projection
+STAINS = ("label_stain", "label_scanner", "label_site")  # columns that say what a slide looks like and means nothing
 
 
 def evaluate(
@@ -29,30 +33,50 @@ def evaluate(
     kinds: Sequence[str] = ("probe",),
     baselines: Sequence[str] = (),
     decoded: Sequence[str] = (),
+    truth: str = "",
     feature: str = "he",
     batch: int = 256,
+    limits: tuple[float, float] = (0.0, 0.0),
     transductive: bool = False,
     resamples: int = 2000,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """results.json of the runs. `decoded` are the partners of the kind 'decode': all of the set where none is named."""
-    tasks = [task] if set(kinds) - {"decode", "batch_effect"} else []
+) -> tuple[dict[str, Any], looks.Pictures]:
+    """results.json of the runs, and its pictures. `decoded` are the partners of the kind 'decode': all of the set where
+    none is named; `truth` is what the maps of the kind 'saliency' are scored against, see looks.truth_of; `limits` the
+    near and far um of the kind 'distance_ratio'.
+    """
+    tasks = [task] if set(kinds) - set(evaluation.WITHOUT_TASK) else []
+    if "distance_ratio" in kinds:
+        retrieval.check_limits(*limits)
     decoded = tuple(decoded) or tuple(partner.name for partner in tileset.spec.partners)
     evaluation.check(kinds, tasks, tileset, decoded)
+    shown = looks.truth_of(tileset, truth)
+    if "saliency" in kinds:
+        looks.check(task, tileset.tiles)
     if unknown := sorted(set(baselines) - set(arms.BASELINES)):
         raise ValueError(f"there is no baseline {', '.join(unknown)}; there are {', '.join(arms.BASELINES)}")
     runs = arms.look(paths, tileset, transductive=transductive)
-    arms.group(runs)
+    firsts = {name: members[0].path for name, members in arms.group(runs).items()}
     options: dict[str, Any] = {"batch": batch, "feature": feature, "baselines": baselines, "tasks": tasks, "say": say}
     found = arms.collect(runs, tileset, sharding.make_mesh(), **options)
     targets = None
     if "decode" in kinds:
         say("reading the partners that are to be decoded")
         targets = decode.summaries(tileset, decoded)
-    options = {"kinds": kinds, "targets": targets, "transductive": transductive, "resamples": resamples, "say": say}
+    options = {
+        "kinds": kinds,
+        "targets": targets,
+        "limits": limits,
+        "transductive": transductive,
+        "resamples": resamples,
+        "say": say,
+    }
     results = evaluation.assemble(found.arms, found.columns, tileset.splits, tasks, **options)
     results["reliability"] = [*found.notes, *results["reliability"]]
-    colours = [c for c in dict.fromkeys(("slide", *(t.target for t in tasks))) if c in found.columns]
+    sections, pictures = dict[str, Any](), dict[str, np.ndarray]()
+    if "saliency" in kinds:
+        say("drawing what the encoders look at")
+        sections, pictures = looked_at(firsts, found, tileset, task, shown, feature)
     described = {
         "title": f"{len(found.arms)} arms on {tileset.spec.name}",
         "question": f"How much of {task.target!r} can be read from frozen features of H&E alone, on unseen cases?"
@@ -62,11 +86,29 @@ def evaluate(
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": mfl_jax.__version__,
         "cohort": cohort(tileset),
-        "projections": projections(found.arms, found.columns, colours),
+        "projections": projections(found.arms, found.columns, colours(tileset, tasks), class_names(tileset)),
         "config": {str(run.path): json.loads(configs.to_json(run.config)) for run in runs},
         "hashes": {"tile set": tileset.hash} | {f"checkpoint of {path}": d for path, d in found.digests.items()},
     }
-    return described | results
+    return described | results | sections, pictures
+
+
+def looked_at(
+    firsts: Mapping[str, Path],
+    found: arms.Collected,
+    tileset: "TileSet",
+    task: Task,
+    truth: looks.Truth | None,
+    feature: str,
+) -> tuple[dict[str, Any], looks.Pictures]:
+    """The section 'saliency' of the arms that are runs, or why there is none."""
+    features = {arm.name: arm.seeds[0].features for arm in found.arms}
+    encoders = {name: looks.Encoder(name, path, features[name]) for name, path in firsts.items()}
+    try:
+        section, pictures = looks.section(encoders, found.columns, tileset, task, truth, feature=feature)
+    except looks.NothingToShow as error:
+        return {"skipped": {"saliency": str(error)}}, {}
+    return {"saliency": section}, pictures
 
 
 def answer(results: Mapping[str, Any], cases: int) -> str:
@@ -90,28 +132,52 @@ def answer(results: Mapping[str, Any], cases: int) -> str:
     )
 
 
+def colours(tileset: "TileSet", tasks: Sequence[Task] = (), more: Sequence[str] = ()) -> list[str]:
+    """Columns to colour a projection by: what is asked, the label, the slide, and its stain or scanner where the tile
+    set knows it."""
+    labels = ("label",) if tileset.spec.label_names else ()
+    names = (*(task.target for task in tasks), *labels, "slide", *STAINS, *more)
+    return [name for name in dict.fromkeys(names) if name in tileset.tiles]
+
+
+def class_names(tileset: "TileSet") -> dict[str, Sequence[str]]:
+    """Of the columns that are classes: what each code is called."""
+    classes = {name: known for name, known in tileset.spec.params.get("classes", {}).items() if known}
+    return classes | ({"label": tileset.spec.label_names} if tileset.spec.label_names else {})
+
+
 def projections(
-    arms: Sequence[evaluation.ArmRuns],
+    arms: Sequence[ArmRuns],
     columns: Mapping[str, np.ndarray],
     colours: Sequence[str],
+    names: Mapping[str, Sequence[str]] = {},
     *,
+    methods: Sequence[str] | None = None,
     limit: int = POINTS,
 ) -> list[dict[str, Any]]:
-    """The first seed of every arm on its two principal axes, the same tiles for all of them."""
+    """The first seed of every arm in a plane, the same tiles for all of them: on its two principal axes, and by UMAP
+    where umap-learn is installed. `names` of classes are by column."""
+    if methods is None:
+        methods = [m for m in projection.METHODS if m == "pca" or importlib.util.find_spec("umap")]
     made = []
-    for arm in arms:
-        found = projection.project(arm.seeds[0].features, columns, colour=colours, limit=limit)
-        x, y = (found.xy[:, i].round(4).tolist() for i in (0, 1))
-        colour = [_colour(name, values) for name, values in found.colours.items()]
-        made.append({"arm": arm.name, "method": "PCA", "x": x, "y": y, "colours": colour})
+    for method in methods:
+        for arm in arms:
+            found = projection.project(arm.seeds[0].features, columns, method=method, colour=colours, limit=limit)
+            x, y = (found.xy[:, i].round(4).tolist() for i in (0, 1))
+            colour = [_colour(name, values, names.get(name, ())) for name, values in found.colours.items()]
+            made.append({"arm": arm.name, "method": method.upper(), "x": x, "y": y, "colours": colour})
     return made
 
 
-def _colour(name: str, values: np.ndarray) -> dict[str, Any]:
+def _colour(name: str, values: np.ndarray, classes: Sequence[str] = ()) -> dict[str, Any]:
     if values.dtype.kind in "US":
         names, code = np.unique(values, return_inverse=True)
         return {"name": name, "values": code.tolist(), "names": names.tolist()}
     numbers = np.nan_to_num(values.astype(np.float64), nan=-1.0)
+    if classes:
+        code = np.where(numbers < 0, len(classes), numbers).astype(int)
+        unknown = ["unknown"] if (code == len(classes)).any() else []
+        return {"name": name, "values": code.tolist(), "names": [*classes, *unknown]}
     return {"name": name, "values": numbers.round(4).tolist()}
 
 

@@ -32,12 +32,14 @@ def of_config(config: ConfigDict, path: Path, *, rows: int = 8, seed: int = 0) -
     reading = Reading(config)
     facts = data.facts(reading.data)
     names = [name for name in facts.modalities if name in reading.views]
-    views = towers.view_plan(reading, facts, *names)
+    cropped = "local" in reading.views
+    views = towers.crop_plan(reading, facts) if cropped else towers.view_plan(reading, facts, *names)
     stream = data.source(reading.data, seed)(0, None)
     try:
         batch = next(iter(data.checked(stream, facts, rows)))
     finally:
         getattr(stream, "close", lambda: None)()
+    batch |= {"local": batch["he"]} if cropped else {}
     return draw(views, batch, path, rows=rows, seed=seed)
 
 
@@ -57,7 +59,8 @@ def draw(
     columns: list[tuple[str, list[np.ndarray]]] = []
     for name, of in views.views:
         each = of.each()
-        columns.append((f"{name}, stored", [picture(pixels, None, each[0]) for pixels in stored[name]]))
+        if name != "local":  # small crops of what stands there already
+            columns.append((f"{name}, stored", [picture(pixels, None, each[0]) for pixels in stored[name]]))
         for i, (view, pixels) in enumerate(zip(each, seen[name], strict=True)):
             shown = [picture(undo_normalise(p, view), view, view) for p in np.asarray(pixels)]
             side = f"{view.size} px" if view.size else f"length {pixels.shape[-1]}"

@@ -5,9 +5,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from input_pipeline.tileset import TileSet
+    from mfl_jax.evaluators.embed import Embedded
 
 NAMES = ("tile", "slide", "case", "x", "y", "mpp", "side")
 Pictures = Callable[[Sequence[int]], list[np.ndarray | None]]
@@ -60,16 +64,21 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
     feature = feature or ("descriptor" if "descriptor" in found.features else "he")
     if feature not in found.features:
         raise ValueError(f"{run} gives no features {feature!r}; it gives {', '.join(sorted(found.features))}")
-    columns = dict(found.columns)
-    columns |= {name: np.full(len(found), np.nan) for name in ("x", "y", "mpp") if name not in columns}
-    columns["tile"] = found.ids
-    columns["side"] = tiles.spec.size * tiles.spec.mpp / np.asarray(columns["mpp"], np.float64)
 
     def pictures(rows: Sequence[int]) -> list[np.ndarray | None]:
         return [tiles.decode(example)["he"] for example in tiles.read(found.ids[np.asarray(rows, np.int64)])]
 
     names = {"label": tuple(tiles.spec.label_names)} if tiles.spec.label_names else {}
-    return Corpus(found.features[feature], columns, pictures, names)
+    return Corpus(found.features[feature], columns_of(found, tiles), pictures, names)
+
+
+def columns_of(found: "Embedded", tiles: "TileSet") -> dict[str, np.ndarray]:
+    """NAMES, and whatever else the tile set knows."""
+    columns = dict(found.columns)
+    columns |= {name: np.full(len(found), np.nan) for name in ("x", "y", "mpp") if name not in columns}
+    columns["tile"] = found.ids
+    columns["side"] = tiles.spec.size * tiles.spec.mpp / np.asarray(columns["mpp"], np.float64)
+    return columns
 
 
 def of_folder(folder: Path, slides: Path | None = None) -> Corpus:

@@ -6,18 +6,16 @@ the same resamples, and corrected by Holm over all that are made.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mfl_jax import statistics
-from mfl_jax.evaluators import batch_effect, decode, few_label, knn, paper_head, probe
-from mfl_jax.evaluators.results import Result, class_metrics, compare, r2, value_metrics
+from mfl_jax import distances, findings, statistics
+from mfl_jax.evaluators import decode, few_label, knn, paper_head, probe
+from mfl_jax.evaluators.results import Result, class_metrics, r2, value_metrics
 from mfl_jax.evaluators.tasks import Task, check_overlap, split_rows
-from mfl_jax.statistics import Interval
+from mfl_jax.findings import TITLES, ArmRuns, Asked, Found, Say
 
 if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
@@ -27,93 +25,24 @@ OF_TASK: dict[str, tuple[str, Callable[..., Result]]] = {
     "knn": ("nearest neighbours", knn.evaluate),
     "paper_head": ("small network on frozen features", paper_head.evaluate),
 }
-KINDS = (*OF_TASK, "few_label", "decode", "batch_effect")
-CLASSES_ONLY = ("knn", "paper_head", "few_label")
-TITLES = {
-    "auc": "AUC",
-    "balanced_accuracy": "Balanced accuracy",
-    "f1": "F1",
-    "kappa": "Kappa",
-    "average_precision": "Average precision",
-    "ece": "Calibration error",
-    "accuracy": "Accuracy",
-    "r2": "R\u00b2",
-    "spearman": "Rank correlation",
-    "mae": "Absolute error",
-}
-LOWER = ("ece", "mae")
+WITHOUT_TASK = ("decode", "batch_effect", "distance_ratio")
+KINDS = (*OF_TASK, "few_label", "retrieval", *WITHOUT_TASK)
+OF_RUNS = ("saliency",)  # needs more than features: see looks.py
+CLASSES_ONLY = ("knn", "paper_head", "few_label", "retrieval", "saliency")
+FEW = 0.05  # of the labelled tiles: what arms are compared on, beside all of them
 FEW_CASES = 8  # below it, resamples of cases hardly differ, and an interval says little
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Seed:
-    """One run of an arm. Row i of everything is row i of the columns."""
-
-    seed: int
-    features: np.ndarray  # [N, D]
-    # task -> [N] or [N, K]: of a model trained end to end, scored in place of the linear probe
-    predictions: Mapping[str, np.ndarray] = field(default_factory=dict)
-    wall_s: float | None = None
-    curve: tuple[Sequence[float], Sequence[float | None]] | None = None  # steps, training loss
-    pretrained: tuple[str, ...] = ()  # cases that it was trained on
-
-
-@dataclass(frozen=True)
-class ArmRuns:
-    name: str
-    title: str
-    kind: str  # 'ours', 'baseline' or 'ceiling'
-    seeds: tuple[Seed, ...]
-    what: str = ""  # one line: what it has learnt from
-    budget: Mapping[str, float] = field(default_factory=dict)  # steps, examples, wall_s
-    skip: tuple[str, ...] = ()  # kinds that mean nothing for it: few_label, where it has seen every label
-
-
-@dataclass
-class Found:
-    """What has been found so far, in the words of report/schema.py."""
-
-    metrics: dict[str, dict[str, dict[str, float | None]]]  # arm -> key -> mean, low, high
-    seeds: dict[str, list[dict[str, float | None]]]  # arm -> of each seed: key -> value
-    tasks: list[dict[str, Any]] = field(default_factory=list)
-    labels: list[dict[str, Any]] = field(default_factory=list)
-    differences: list[dict[str, Any]] = field(default_factory=list)
-    notes: dict[str, None] = field(default_factory=dict)
-    transductive: set[str] = field(default_factory=set)  # arms that were trained on cases of val or test
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is the same for every arm."""
-
-    columns: Mapping[str, np.ndarray]
-    splits: Mapping[str, Sequence]
-    pairs: Sequence[tuple[str, str]] | None
-    transductive: bool
-    resamples: int
-    seed: int
-    say: Say
-
-    def of(self, run: Seed) -> dict[str, Any]:
-        """Of one seed only the values are wanted: intervals are made once, over all seeds."""
-        options: dict[str, Any] = {"pretrained": run.pretrained, "transductive": self.transductive}
-        return options | {"resamples": 0, "seed": self.seed}
-
-    def drawn(self) -> dict[str, Any]:
-        return {"resamples": self.resamples, "seed": self.seed}
 
 
 def check(kinds: Sequence[str], tasks: Sequence[Task], tileset: "TileSet", decoded: Sequence[str] = ()) -> None:
     """ValueError for whatever can be known to be wrong before a tile is read."""
     if not kinds:
-        raise ValueError(f"there is nothing to evaluate; there are {', '.join(KINDS)}")
+        raise ValueError(f"there is nothing to evaluate; there are {', '.join((*KINDS, *OF_RUNS))}")
     for kind in kinds:
-        if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
+        if kind not in (*KINDS, *OF_RUNS):
+            near = difflib.get_close_matches(kind, (*KINDS, *OF_RUNS), n=1)
             raise ValueError(
                 f"there is no evaluation {kind!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                + f"; there are {', '.join(KINDS)}"
+                + f"; there are {', '.join((*KINDS, *OF_RUNS))}"
             )  # fmt: skip
     columns = dict(tileset.tiles) | {"case": np.array(tileset.cases)[tileset.tiles["case"]]}
     for task in tasks:
@@ -126,7 +55,7 @@ def check(kinds: Sequence[str], tasks: Sequence[Task], tileset: "TileSet", decod
         if task.regression and (wrong := [kind for kind in kinds if kind in CLASSES_ONLY]):
             raise ValueError(f"{', '.join(wrong)} take classes, and {task.name!r} is a regression: give a threshold")
         split_rows(columns, tileset.splits, task.read(columns)[1])
-    if not tasks and (wrong := [kind for kind in kinds if kind not in ("decode", "batch_effect")]):
+    if not tasks and (wrong := [kind for kind in kinds if kind not in WITHOUT_TASK]):
         raise ValueError(f"{', '.join(wrong)} need a target, a column of the tile set")
     check_overlap(tileset.splits)
     if "decode" in kinds:
@@ -141,7 +70,9 @@ def assemble(
     *,
     kinds: Sequence[str] = ("probe",),
     pairs: Sequence[tuple[str, str]] | None = None,
+    few_pairs: Sequence[tuple[str, str]] | None = None,
     targets: Mapping[str, np.ndarray] | None = None,
+    limits: tuple[float, float] = (0.0, 0.0),
     transductive: bool = False,
     resamples: int = 2000,
     seed: int = 0,
@@ -149,8 +80,10 @@ def assemble(
 ) -> dict[str, Any]:
     """arms, tasks, differences, labels, curves, intervals and reliability of results.json; the rest is the caller's.
 
-    pairs    arms whose differences are wanted; all pairs where it is None
-    targets  summaries of the partners (evaluators.decode.summaries), for the kind 'decode'
+    pairs      arms whose differences are wanted; all pairs where it is None
+    few_pairs  the same on FEW of the labels, where an arm that was trained on as few stands beside probes
+    targets    summaries of the partners (evaluators.decode.summaries), for the kind 'decode'
+    limits     um below which a pair of tiles is near and above which it is far, for the kind 'distance_ratio'
 
     The key of a metric is 'task/auc' for the probe and 'task/kind/auc' for the others. LeakError where an arm was
     trained on cases of the validation or test split, unless `transductive`, which marks its title.
@@ -158,7 +91,7 @@ def assemble(
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"arms have different names, and there is at least one; not {names}")
-    asked = Asked(columns, splits, pairs, transductive, resamples, seed, say or (lambda line: None))
+    asked = Asked(columns, splits, pairs, few_pairs, transductive, resamples, seed, say or (lambda line: None))
     found = Found({name: {} for name in names}, {arm.name: [{} for _ in arm.seeds] for arm in arms})
     for arm in arms:
         for run in arm.seeds:
@@ -172,12 +105,16 @@ def assemble(
         if kind == "decode":
             _decode(able, asked, targets or {}, found)
         elif kind == "batch_effect":
-            _batch_effect(able, asked, found)
+            distances.of_slides(able, asked, found)
+        elif kind == "distance_ratio":
+            distances.ratios(able, asked, limits, found)
         for task in tasks:
             if kind in OF_TASK:
                 _of_task(kind, task, able, asked, found)
             elif kind == "few_label":
-                _few_label(task, able, asked, found)
+                _at_few(task, arms, _few_label(task, able, asked, found), asked, found)
+            elif kind == "retrieval":
+                distances.retrieved(task, able, asked, found)
     return _document(arms, asked, found)
 
 
@@ -194,47 +131,28 @@ def _of_task(kind: str, task: Task, arms: Sequence[ArmRuns], asked: Asked, found
             else:
                 result = function(run.features, asked.columns, asked.splits, task, **asked.of(run))
             results.setdefault(arm.name, []).append(result)
-            _note(found, arm, prefix, result.notes)
-            found.seeds[arm.name][number] |= {f"{prefix}/{m}": _finite(i.value) for m, i in result.metrics.items()}
-        _add(found, arm, prefix, *_over_seeds(results[arm.name], task, asked))
+            findings.note(found, arm, prefix, result.notes)
+            found.seeds[arm.name][number] |= {
+                f"{prefix}/{m}": findings.finite(i.value) for m, i in result.metrics.items()
+            }
+        findings.add(found, arm, prefix, *findings.over_seeds(results[arm.name], task, asked))
     if not results:
         return
     shown = ("r2", "spearman", "mae") if task.regression else tuple(TITLES)[: 6 if kind == "probe" else 2]
     classes = np.unique(next(iter(results.values()))[0].labels).size
-    rows = [_metric(prefix, name, classes) for name in shown]
+    rows = [findings.metric(prefix, name, classes) for name in shown]
     found.tasks.append({"name": prefix, "title": f"{task.name}, {what}", "metrics": rows})
-    _differences(results, shown[0], prefix, asked, found)
+    findings.differences(results, shown[0], prefix, asked.pairs, asked, found)
 
 
-def _over_seeds(results: Sequence[Result], task: Task, asked: Asked) -> tuple[Mapping[str, Interval], tuple[str, ...]]:
-    first, stack = results[0], np.stack([r.scores for r in results])
-    make = value_metrics if task.regression else class_metrics
-    return make(first.labels, stack, first.cases, **asked.drawn())
-
-
-def _differences(results: Mapping[str, Sequence[Result]], metric: str, prefix: str, asked: Asked, found: Found) -> None:
-    names = list(results)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]] if asked.pairs is None else asked.pairs
-    pairs = [pair for pair in pairs if set(pair) <= set(names)]
-    if not pairs:
-        return
-    try:
-        compared = compare(results, metric, pairs, **asked.drawn())
-    except ValueError as error:  # one case, or a class that is missing: there is no interval to be had
-        found.notes[f"no differences of {prefix}/{metric}: {error}"] = None
-        return
-    for d in compared:
-        ends = {"difference": d.interval.value, "low": d.interval.low, "high": d.interval.high, "p": d.p}
-        found.differences.append({"a": d.first, "b": d.second, "metric": f"{prefix}/{metric}", **ends})
-
-
-def _few_label(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
+def _few_label(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -> dict[str, list[few_label.Curve]]:
+    every: dict[str, list[few_label.Curve]] = {}
     for arm in arms:
         asked.say(f"label efficiency, {task.name}: {arm.title}")
-        curves = []
+        curves = every.setdefault(arm.name, [])
         for run in arm.seeds:
             curves.append(few_label.curve(run.features, asked.columns, asked.splits, task, **asked.of(run)))
-            _note(found, arm, f"{task.name}/few_label", curves[-1].notes)
+            findings.note(found, arm, f"{task.name}/few_label", curves[-1].notes)
         for unit in few_label.UNITS:
             points = [[p for p in curve.points if p.unit == unit] for curve in curves]
             line: dict[str, Any] = {"arm": arm.name, "by": unit, "metric": f"{task.name}/auc"}
@@ -243,12 +161,48 @@ def _few_label(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) 
                 scores = np.concatenate([p.scores for p in same])  # draws of labels and seeds alike
                 first = curves[0]
                 intervals, notes = class_metrics(first.labels, scores, first.cases, ("auc",), **asked.drawn())
-                _note(found, arm, f"{task.name}/few_label", notes)
-                given = _document_of(intervals["auc"]) if "auc" in intervals else {"mean": None}
+                findings.note(found, arm, f"{task.name}/few_label", notes)
+                given = findings.document_of(intervals["auc"]) if "auc" in intervals else {"mean": None}
                 line["x"].append(same[0].fraction)
                 for end, name in (("y", "mean"), ("low", "low"), ("high", "high")):
                     line[end].append(given.get(name))
             found.labels.append(line)
+    return every
+
+
+def _at_few(
+    task: Task,
+    arms: Sequence[ArmRuns],
+    curves: Mapping[str, Sequence[few_label.Curve]],
+    asked: Asked,
+    found: Found,
+) -> None:
+    """A table and the paired differences on FEW of the tiles' labels: probes that saw so many, and arms that were
+    trained on as many alone, which stand by their own predictions. A seed's figure is the mean over its draws.
+    """
+    prefix, shown = f"{task.name}/few", ("auc", "balanced_accuracy")
+    results: dict[str, list[Result]] = {}
+    for arm in arms:
+        if arm.name in curves:
+            each = [curve.results("tiles", FEW) for curve in curves[arm.name]]
+        elif arm.share == FEW and all(task.name in run.predictions for run in arm.seeds):
+            options = [(run.predictions[task.name], asked.columns, asked.splits, task) for run in arm.seeds]
+            each = [[probe.score(*o, **asked.of(r))] for o, r in zip(options, arm.seeds, strict=True)]
+        else:
+            continue
+        results[arm.name] = [result for draws in each for result in draws]
+        intervals, notes = findings.over_seeds(results[arm.name], task, asked, shown)
+        findings.add(found, arm, prefix, intervals, notes)
+        for number, draws in enumerate(each):
+            for name in intervals:
+                value = float(np.mean([statistics.measure(name, r.labels, r.scores) for r in draws]))
+                found.seeds[arm.name][number][f"{prefix}/{name}"] = findings.finite(value)
+    if results:
+        classes = np.unique(next(iter(results.values()))[0].labels).size
+        title = f"{task.name}, labels of {FEW:.0%} of the tiles"
+        rows = [findings.metric(prefix, name, classes) for name in shown]
+        found.tasks.append({"name": prefix, "title": title, "metrics": rows})
+        findings.differences(results, shown[0], prefix, asked.few_pairs, asked, found)
 
 
 def _decode(arms: Sequence[ArmRuns], asked: Asked, targets: Mapping[str, np.ndarray], found: Found) -> None:
@@ -258,68 +212,19 @@ def _decode(arms: Sequence[ArmRuns], asked: Asked, targets: Mapping[str, np.ndar
         each = []
         for number, run in enumerate(arm.seeds):
             each.append(decode.decode(run.features, targets, asked.columns, asked.splits, **asked.of(run)))
-            _note(found, arm, "decode", each[-1].notes)
-            values = {f"decode/{n}": _finite(r.metrics["r2"].value) for n, r in each[-1].results.items()}
+            findings.note(found, arm, "decode", each[-1].notes)
+            values = {f"decode/{n}": findings.finite(r.metrics["r2"].value) for n, r in each[-1].results.items()}
             found.seeds[arm.name][number] |= values
         for name, first in each[0].results.items():
             stack = np.stack([one.results[name].scores for one in each])
             found_r2, notes = value_metrics(first.labels, stack, first.cases, {name: r2}, **asked.drawn())
-            _add(found, arm, "decode", found_r2, notes)
+            findings.add(found, arm, "decode", found_r2, notes)
             known[name] = None
     for partner in dict.fromkeys(name.split("/")[0] for name in known):
         of = [name for name in known if name.split("/")[0] == partner]
         rows = [{"key": f"decode/{n}", "title": n.removeprefix(f"{partner}/"), "chance": 0.0} for n in of]
         title = f"{partner}, decoded from the features by ridge regression (R\u00b2)"
         found.tasks.append({"name": f"decode/{partner}", "title": title, "metrics": rows})
-
-
-def _batch_effect(arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
-    """Of several seeds the mean, without an interval: its scores are of different neighbours."""
-    titles = {"nearest": "Slide of the nearest tile", "linear": "Linear probe", "silhouette": "Silhouette"}
-    chances: dict[str, float] = {}
-    for arm in arms:
-        asked.say(f"batch effect: {arm.title}")
-        each = [batch_effect.measure(run.features, asked.columns, **asked.drawn()) for run in arm.seeds]
-        for number, one in enumerate(each):
-            _note(found, arm, "batch_effect", one.notes)
-            values = {f"batch_effect/{m}": _finite(i.value) for m, i in one.metrics.items()}
-            found.seeds[arm.name][number] |= values
-            chances |= one.chance
-        for name, interval in each[0].metrics.items():
-            mean = _finite(float(np.mean([one.metrics[name].value for one in each])))
-            shown = _document_of(interval) if len(each) == 1 else {"mean": mean}
-            found.metrics[arm.name][f"batch_effect/{name}"] = shown
-    rows = []
-    for name, title in titles.items():
-        row = {"key": f"batch_effect/{name}", "title": title, "better": "lower"}
-        rows.append(row | ({"chance": chances[name]} if name in chances else {}))
-    what = "How well do the features name the slide? What names it (stain, scanner) may stand in for what is asked."
-    found.tasks.append({"name": "batch_effect", "title": "Batch effect", "what": what, "metrics": rows})
-
-
-def _metric(prefix: str, name: str, classes: int) -> dict[str, Any]:
-    chance = {"auc": 0.5, "balanced_accuracy": 1 / classes, "kappa": 0.0, "r2": 0.0, "spearman": 0.0}
-    row: dict[str, Any] = {"key": f"{prefix}/{name}", "title": TITLES[name]}
-    row |= {"better": "lower"} if name in LOWER else {}
-    return row | ({"chance": chance[name]} if name in chance else {})
-
-
-def _add(found: Found, arm: ArmRuns, prefix: str, metrics: Mapping[str, Interval], notes: Sequence[str]) -> None:
-    found.metrics[arm.name] |= {f"{prefix}/{name}": _document_of(interval) for name, interval in metrics.items()}
-    _note(found, arm, prefix, notes)
-
-
-def _note(found: Found, arm: ArmRuns, where: str, notes: Sequence[str]) -> None:
-    """Once, though several seeds may say it."""
-    found.notes |= {f"{arm.title}, {where}: {note}": None for note in notes}
-
-
-def _document_of(interval: Interval) -> dict[str, float | None]:
-    return {"mean": _finite(interval.value), "low": _finite(interval.low), "high": _finite(interval.high)}
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _document(arms: Sequence[ArmRuns], asked: Asked, found: Found) -> dict[str, Any]:

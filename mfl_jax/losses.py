@@ -86,8 +86,10 @@ def queue_nce(
     group: Array | None = None,
     queue_group: Array | None = None,
     mask: Array | None = None,
+    batch_negatives: bool = False,
 ) -> Loss:
-    """MoCo: row i of query belongs to row i of key, and the rows of the queue [K, D], of length 1, are its negatives.
+    """MoCo: row i of query belongs to row i of key, and the rows of the queue [K, D], of length 1, are its negatives;
+    with batch_negatives the other keys of the batch as well.
 
     Only the query gets a gradient. group [B] and queue_group [K] int: rows of one group are no negatives.
     """
@@ -96,6 +98,12 @@ def queue_nce(
     negative = jnp.matmul(query, lax.stop_gradient(queue).T, precision=EXACT)
     if group is not None and queue_group is not None:
         negative = jnp.where(group[:, None] == queue_group[None], -jnp.inf, negative)
+    if batch_negatives:
+        left_out = jnp.eye(len(key), dtype=bool)
+        left_out = left_out if mask is None else left_out | ~mask[None]
+        left_out = left_out if group is None else left_out | (group[:, None] == group[None])
+        others = jnp.matmul(query, key.T, precision=EXACT)
+        negative = jnp.concatenate([negative, jnp.where(left_out, -jnp.inf, others)], 1)
     logits = jnp.concatenate([positive[:, None], negative], 1) / temperature
     loss = masked_mean(jax.nn.logsumexp(logits, 1) - logits[:, 0], mask)
     right = (positive >= jnp.max(negative, 1)).astype(jnp.float32)

@@ -11,6 +11,7 @@ what to do again.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import struct
@@ -23,7 +24,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from input_pipeline.tile import write_status_table
+from input_pipeline.files import read_json, write_json
+from input_pipeline.table import read_rows
+from input_pipeline.tile import unguarded, write_status_table
 
 VERSION = 1
 ROWS = 1024  # of a chunk: a chunk of one row, as others write them, is read 30 times slower
@@ -33,6 +36,7 @@ DTYPES = {
     "trident": ("float32", "float16"),
     "stamp": ("float16",),
 }
+ENCODER = "encoder.json"
 STAMP_VERSION = "2.1.0"  # its readers refuse a newer one than their own
 
 
@@ -192,6 +196,60 @@ def stored_attributes(path: Path) -> dict[str, Any] | None:
             return about | {"tiles": rows.pop()}
     except (OSError, RuntimeError, KeyError, TypeError):
         return None
+
+
+def slides_beside(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the status table of an earlier call, for slides that were not asked for now and whose features lie there
+    as they did: tables beside features list all slides of a folder."""
+    path, asked = layout.out / "status.csv", {row["slide_id"] for row in rows}
+    if not path.is_file():
+        return []
+    kept = []
+    for _, guarded in read_rows(path, ("slide_id", "case_id", "state", "file"))[1]:
+        row = {name: unguarded(text) for name, text in guarded.items()}
+        if row["slide_id"] in asked or not row["file"]:
+            continue
+        about = stored_attributes(layout.out / row["file"])
+        if about is not None and about["encoder_sha256"] == layout.sha256:
+            kept.append(row)
+    return kept
+
+
+def labels_before(layout: Layout) -> dict[str, str]:
+    """{slide_id: label} of the table that lies there."""
+    path = layout.out / "dataset.csv"
+    rows = read_rows(path, ("slide_id", "label"))[1] if path.is_file() else []
+    return {unguarded(row["slide_id"]): unguarded(row["label"]) for _, row in rows}
+
+
+def write_encoder(layout: Layout, cases: Sequence[str] | None) -> None:
+    """encoder.json: which encoder made the features of this folder, and the cases that it was trained on."""
+    about: dict[str, Any] = {"encoder": layout.encoder, "encoder_sha256": layout.sha256}
+    if cases is not None:
+        text = "\n".join(sorted(cases))
+        about |= {"train_cases": sorted(cases), "train_cases_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_json(layout.out / ENCODER, about)
+
+
+def trained_cases(folder: Path) -> tuple[str, ...] | None:
+    """Cases that the encoder of a folder's features was trained on; None where nothing says. The file lies in the
+    folder, or above it, as where CLAM's and TRIDENT's layouts have folders of their own."""
+    folder = Path(folder).absolute()
+    for place in (folder, *folder.parents[:2]):
+        if (place / ENCODER).is_file():
+            about = read_json(place / ENCODER, "written by mfl extract")
+            cases = about.get("train_cases")
+            _check_same(place / ENCODER, about, folder)
+            return None if cases is None else tuple(map(str, cases))
+    return None
+
+
+def _check_same(path: Path, about: Mapping[str, Any], folder: Path) -> None:
+    """A file of another encoder says nothing of these features."""
+    first = next(iter(sorted(folder.glob("*.h5"))), None)
+    stored = None if first is None else stored_attributes(first)
+    if stored is not None and stored["encoder_sha256"] != about.get("encoder_sha256"):
+        raise ValueError(f"{path} is of another encoder than {first}: extract again, or move it away")
 
 
 def write_tables(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> None:

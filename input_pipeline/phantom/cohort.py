@@ -8,16 +8,18 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ..tileset.spec import check_text_id
 from . import files
 from .cells import TYPES
 from .counts import counts_csv
 from .layout import GRID, REGIONS, SUBTYPES, TISSUES
 from .render import IF_CHANNELS
-from .slide import Slide, draw_partner, draw_slide, paint, paint_nuclei
+from .slide import Slide, draw_partner, draw_slide, look_of, paint, paint_nuclei
 
 VERSION = 2  # of what is drawn: raise it whenever the same seed gives other pixels
 PARTNERS = {"if": "image", "ihc": "image", "nuclei": "map", "counts": "vector"}
@@ -52,8 +54,18 @@ class Job:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def plan(cases: int, seed: int, **common) -> list[Job]:
-    """Which slides there will be. Labels are balanced over cases and drawn apart from everything that is seen."""
+def plan(
+    cases: int,
+    seed: int,
+    *,
+    paired: int | None = None,
+    prefix: str = "case",
+    partners: tuple[str, ...] = (),
+    **common,
+) -> list[Job]:
+    """Which slides there will be. Labels are balanced over cases and drawn apart from everything that is seen; cases
+    past the first `paired` have no partners.
+    """
     rng = np.random.default_rng([seed, 99])
     order = rng.permutation(cases)
     jobs = []
@@ -62,8 +74,9 @@ def plan(cases: int, seed: int, **common) -> list[Job]:
         for slide in range(slides):
             subtype, with_lesion = int(order[case] % 2), bool(order[case] // 2 % 2)
             lesion = with_lesion and (slide == 0 or bool(np.random.default_rng([seed, case, slide, 97]).integers(2)))
-            case_id = f"case{case:04d}"
-            jobs.append(Job(seed, case, slide, f"{case_id}-{slide + 1}", case_id, subtype, lesion, **common))
+            case_id = f"{prefix}{case:04d}"
+            rest = common | {"partners": partners if paired is None or case < paired else ()}
+            jobs.append(Job(seed, case, slide, f"{case_id}-{slide + 1}", case_id, subtype, lesion, **rest))
     return jobs
 
 
@@ -124,6 +137,7 @@ def write_slide(out: Path, job: Job) -> dict[str, str]:
         "case_id": job.case_id,
         "label": SUBTYPES[job.subtype],
         "label_lesion": str(int(job.lesion)),
+        "label_stain": f"{look_of((job.seed, job.case, job.slide)).stain:.3f}",
     }
     row |= paths
     for p in job.partners:
@@ -216,21 +230,27 @@ def write_cohort(
     workers: int = 1,
     he_format: str = "svs",
     tissue: str = "mixed",
+    paired: int | None = None,
+    prefix: str = "case",
     progress: bool = True,
 ) -> Path:
     """Draw cases of 1-3 slides of `size` x `size` pixels and write them with their truth; -> the cohort's slides.csv.
+    Of `paired` (None: all) cases, the first ones, there are partners; of the others the H&E alone. Their names begin
+    with `prefix`: patients of two cohorts are different ones.
 
     The same seed gives the same files for any number of workers. A slide that is there and was drawn with the same
     parameters is kept, so a killed run continues.
     """
     partners = tuple(partners)
+    check_text_id(f"{prefix}0000", "the name of a case")
     _check(cases, size, mpp, partners, workers, he_format, tissue)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for folder in ("he", "truth", *PARTNERS):
         for stale in (out / folder).glob("*.part"):
             stale.unlink()
-    jobs = plan(cases, seed, size=size, mpp=mpp, tissue=tissue, partners=partners, he_format=he_format)
+    common: dict[str, Any] = {"size": size, "mpp": mpp, "tissue": tissue, "partners": partners, "he_format": he_format}
+    jobs = plan(cases, seed, paired=paired, prefix=prefix, **common)
     files.write_text(out / "regions.json", json.dumps({"mpp": GRID, "names": REGIONS, "cell_types": TYPES}, indent=1))
     rows = _run(out, jobs, workers, progress)
     files.write_text(out / "cases.csv", _table(_cases(rows)))

@@ -31,6 +31,11 @@ class Look:
     artefacts: tuple[str, ...]
     seed: int
 
+    @property
+    def stain(self) -> float:
+        """How much denser haematoxylin is than eosin."""
+        return float(np.linalg.norm(self.h) / np.linalg.norm(self.e))
+
 
 def _stain(rng: np.random.Generator, vector: np.ndarray, spread: float, strength: float) -> np.ndarray:
     turned = np.clip(vector + spread * rng.standard_normal(3), 0.02, None)

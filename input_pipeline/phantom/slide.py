@@ -37,6 +37,11 @@ class Slide:
         return np.random.default_rng([*self.key, what])
 
 
+def look_of(key: tuple[int, int, int], artefact_chance: float = 0.12) -> Look:
+    """Of the H&E of a slide, by its seed, case and number, before anything else of it is drawn."""
+    return draw_look(np.random.default_rng([*key, 1]), artefact_chance)
+
+
 def draw_slide(
     seed: int = 0,
     case: int = 0,
@@ -51,7 +56,7 @@ def draw_slide(
 ) -> Slide:
     """A pure function of its arguments; pixels follow from `paint` and its kind."""
     key = (seed, case, slide)
-    look = draw_look(np.random.default_rng([*key, 1]), artefact_chance)
+    look = look_of(key, artefact_chance)
     rng = np.random.default_rng([*key, 2])
     layout = draw_layout(rng, size * mpp, subtype=subtype, lesion=lesion, tissue=tissue, fibre=look.fibre_angle)
     cells = draw_cells(np.random.default_rng([*key, 3]), layout, look.crowding)

@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from input_pipeline.tileset import TileSet
 
 CHUNK = 16  # rows; small, so that memory and the time to the first batch stay small
 BAD_SHARE = 0.001
+OF_SLIDES = ("case", "slide")
 BAD_ALLOWED = 10  # bad tiles that are tolerated however few examples were seen
 ENDLESS = 1 << 62
 Batch = dict[str, np.ndarray]
@@ -68,31 +69,22 @@ def train_stream(
     near_um   adds near_he, near_id and near_mask: a tile of the same slide within that distance, or the tile itself
     far_um    adds far_he, far_id and far_mask in the same way: a tile of the same slide beyond that distance
     share     of the split's tiles that are used at all, the same ones whatever the seed (few labels)
-    balance   'case' or 'slide': every one of them once a round (order.balanced), instead of every tile once an epoch
+    balance   'case', 'slide', or a column of classes: every one of them once a round (order.balanced), instead of every
+              tile once an epoch
     blocks    (records a block, blocks a window) reads nearly in disk order (order.blockwise), for remote storage
     partners  those to decode (default all); `require` names partners without which a tile is bad
     on_bad    'replace' puts another tile, drawn by position, for a bad one; 'raise' stops and names it
     state     continues where `Stream.state()` of an earlier run was; a difference is refused, or with `override` logged
     """
-    _check_choice("balance", balance, (None, "case", "slide"))
+    _check_choice("balance", balance, (None, *_classes(tileset)))
     _check_choice("on_bad", on_bad, ("raise", "replace"))
     _check_int("seed", seed, 0, 2**63 - 1)
-    if balance and blocks:
-        raise StreamError("balance and blocks are two different orders: give one of them")
-    if not 0 < share <= 1:
-        raise StreamError(f"share is {share}; it is above 0, and 1 for every tile")
-    if share < 1 and (balance or blocks):
-        raise StreamError("a share of the tiles is drawn in uniform order alone: leave out balance and blocks")
+    _check_order(balance, blocks, share)
     plan, offsets = _plan(tileset, batch, host, split, partners, require, columns, on_bad, seed, by=balance)
     plan = replace(plan, selection=plan.selection.part(share)) if share < 1 else plan
     if batch > len(plan.selection):
         raise StreamError(f"batch {batch} is larger than the {len(plan.selection)} tiles used of split {split!r}")
-    if balance:
-        index = partial(order.balanced, seed=seed, offsets=offsets)
-    elif blocks:
-        index = partial(order.blockwise, seed=seed, size=len(plan.selection), block=blocks[0], window=blocks[1])
-    else:
-        index = partial(order.uniform, seed=seed, size=len(plan.selection))
+    index = _index(len(plan.selection), seed, balance, blocks, offsets)
     near = None if near_um is None else Neighbours(tileset, near_um)
     far = None if far_um is None else Neighbours(tileset, np.inf, _checked_far(far_um))
     plan = replace(plan, index=index, near=near, far=far)
@@ -109,6 +101,27 @@ def train_stream(
     stream = Stream(plan, executor, threads, prefetch, stall_timeout, identity, start_step=step)
     stream.overridden = changed
     return stream
+
+
+def _check_order(balance: str | None, blocks: tuple[int, int] | None, share: float) -> None:
+    if balance and blocks:
+        raise StreamError("balance and blocks are two different orders: give one of them")
+    if not 0 < share <= 1:
+        raise StreamError(f"share is {share}; it is above 0, and 1 for every tile")
+    if share < 1 and (balance or blocks):
+        raise StreamError("a share of the tiles is drawn in uniform order alone: leave out balance and blocks")
+
+
+def _index(
+    size: int, seed: int, balance: str | None, blocks: tuple[int, int] | None, offsets: np.ndarray | None
+) -> Callable:
+    """Positions -> places among the tiles used."""
+    if balance:
+        assert offsets is not None
+        return partial(order.balanced, seed=seed, offsets=offsets)
+    if blocks:
+        return partial(order.blockwise, seed=seed, size=size, block=blocks[0], window=blocks[1])
+    return partial(order.uniform, seed=seed, size=size)
 
 
 def eval_stream(
@@ -310,12 +323,14 @@ def _chunk(rows: int) -> int:
 
 
 def select(tileset: TileSet, split: str | None, by: str | None = None) -> tuple[order.Selection, np.ndarray]:
-    """The tiles of a split, in ranges that lie group by group, and the offsets of the groups ('case', 'slide')."""
+    """The tiles of a split, in ranges that lie group by group, and the offsets of the groups (of the column `by`)."""
     ranges = tileset.ranges(split)
     if not len(ranges):
         raise StreamError(f"split {split!r} has no tiles; there are {sorted(tileset.splits)}")
     if by is None:
         return order.Selection.of(ranges), np.zeros(0, np.int64)
+    if by not in OF_SLIDES:
+        return _by_class(np.concatenate([np.arange(a, b) for a, b in ranges]), np.asarray(tileset.tiles[by]))
     starts, stops = tileset.first_row[:-1], tileset.first_row[1:]
     inside = np.searchsorted(ranges[:, 0], starts, side="right") - 1
     kept = (stops > starts) & (inside >= 0) & (stops <= ranges[np.maximum(inside, 0), 1])
@@ -325,6 +340,23 @@ def select(tileset: TileSet, split: str | None, by: str | None = None) -> tuple[
     selection = order.Selection.of(slides[arranged])
     first = np.flatnonzero(np.diff(codes[arranged], prepend=-1))
     return selection, np.append(selection.offsets[first], len(selection))
+
+
+def _by_class(ids: np.ndarray, column: np.ndarray) -> tuple[order.Selection, np.ndarray]:
+    """As `select`; the tiles of a class do not lie together, so that there are as many ranges as tiles."""
+    codes = column[ids]
+    if codes.dtype.kind == "f" and not (np.isfinite(codes).all() and (codes % 1 == 0).all()):
+        raise StreamError("balance names a column of classes, which are whole numbers: this one holds others")
+    arranged = np.argsort(codes, kind="stable")
+    first = np.flatnonzero(np.diff(codes[arranged], prepend=codes.min() - 1))
+    ids = ids[arranged]
+    return order.Selection.of(np.stack([ids, ids + 1], 1)), np.append(first, len(ids))
+
+
+def _classes(tileset: TileSet) -> list[str]:
+    """Columns whose values may be groups; columns that the user gave are floats, whatever they hold."""
+    columns = [name for name, values in tileset.tiles.items() if values.dtype.kind in "iubf"]
+    return [*OF_SLIDES, *(name for name in columns if name not in (*OF_SLIDES, "x", "y"))]
 
 
 def _identity(tileset: TileSet, seed: int, arguments: dict[str, Any]) -> dict[str, Any]:

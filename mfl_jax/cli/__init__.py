@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from mfl_jax.cli import cohorts, features, mil, regions, search, training
+from mfl_jax.cli import cohorts, features, mil, regions, search, slides, training
 from mfl_jax.cli.parts import add_command
 
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("mfl", description="Encoders for routine H&E, taught by denser partner images.")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
     add_command(commands, "doctor", doctor, "versions, devices, readers, and what is missing")
-    for group in (cohorts, training, features, regions, mil, search):
+    for group in (cohorts, training, features, regions, mil, slides, search):
         group.add(commands)
     return top
 

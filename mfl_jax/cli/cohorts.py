@@ -6,11 +6,12 @@ from pathlib import Path
 
 from mfl_jax.cli.parts import add_command, add_work, say
 
+EXCLUDE_HELP = "slides to leave out: camelyon16 (those known to be bad), or a CSV (slide_id, why)"
 SPLITS_HELP = "shares of the cases, or a CSV: case_id,split (default: as before; a new set has train=.7,val=.1,test=.2)"
 
 
 def add(commands) -> None:
-    for add in (_add_phantom, _add_tile, _add_pack, _add_import, _add_verify, _add_audit, _add_show):
+    for add in (_add_phantom, _add_camelyon16, _add_tile, _add_pack, _add_import, _add_verify, _add_audit, _add_show):
         add(commands)
 
 
@@ -21,6 +22,8 @@ def _add_phantom(commands) -> None:
     command.add_argument("--size", type=int, default=4096, help="side of a slide in px")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--partners", default="if,ihc,nuclei,counts", help="comma-separated")
+    command.add_argument("--prefix", default="case", help="of the names of cases: another for another cohort")
+    command.add_argument("--paired", type=int, help="cases that have partners, the first ones (default: all)")
     command.add_argument("--he-format", choices=("svs", "ome"), default="svs")
     add_work(command)
 
@@ -37,11 +40,29 @@ def phantom(options: argparse.Namespace) -> int:
         size=options.size,
         seed=options.seed,
         partners=partners,
+        paired=options.paired,
+        prefix=options.prefix,
         workers=available_cores() if options.workers is None else options.workers,
         he_format=options.he_format,
         progress=not options.quiet,
     )
     print(f"cohort: {table}\nnext:   mfl tile {table} --out {options.out / 'tiled'}")
+    return 0
+
+
+def _add_camelyon16(commands) -> None:
+    command = add_command(commands, "camelyon16", camelyon16, "the published folder -> a CSV of slides, with splits")
+    command.add_argument("root", type=Path, help="the folder that holds training/ and testing/")
+    command.add_argument("--out", type=Path, default=Path("camelyon16.csv"))
+    command.add_argument("--exclude", default="camelyon16", help=f"{EXCLUDE_HELP}; '' keeps all (default: camelyon16)")
+
+
+def camelyon16(options: argparse.Namespace) -> int:
+    """Write slide_id, case_id, he, label and split: for mfl tile, and as --table and --splits of mfl mil."""
+    from input_pipeline.datasets.camelyon16 import write_table
+
+    count = write_table(options.root, options.out, exclude=options.exclude, say=say)
+    print(f"{count} slides: {options.out}\nnext:   mfl tile {options.out} --out tiled --size 224 --mpp 0.5")
     return 0
 
 
@@ -61,6 +82,7 @@ def _add_tile(commands) -> None:
     command.add_argument("--max-error-um", type=float, help="largest median error of a registration that passes")
     command.add_argument("--registration", choices=("coarse", "affine", "bspline"), default="bspline")
     command.add_argument("--case-pattern", help="for a folder: regular expression whose group is the case")
+    command.add_argument("--exclude", default="", help=EXCLUDE_HELP)
     command.add_argument("--runner", choices=("local", "beam"), default="local")
     add_work(command)
 
@@ -73,6 +95,7 @@ def tile(options: argparse.Namespace) -> int:
     names = ("size", "mpp", "step", "min_tissue", "max_pen", "max_blur", "default_mpp", "registration", "max_error_um")
     params = Params(**{name: getattr(options, name) for name in names})
     slides = cohort.read(options.cohort, case_pattern=options.case_pattern, say=say)
+    slides = cohort.without(slides, options.exclude, say) if options.exclude else slides
     if options.cohort.is_dir():
         cases = len({s.case_id for s in slides})
         print(f"{len(slides)} slides of {cases} cases, which are guessed from the file names: look at status.csv")

@@ -1,6 +1,7 @@
 """From features of tiles to predictions of slides: mil."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ def add(commands) -> None:
     command.add_argument("--label", default="label", help="column of the classes")
     command.add_argument("--time", default="", help="column of the time to the event: survival")
     command.add_argument("--event", default="event", help="column of the event: 1, or 0 for censored")
+    command.add_argument(
+        "--exclude", default="", help="slides to leave out: camelyon16 (known to be bad), or a CSV (slide_id, why)"
+    )
     command.add_argument("--splits", type=Path, help="official splits: CLAM's folder, or a CSV (slide_id,split[,fold])")
     command.add_argument("--folds", type=int, default=5, help="outer folds, where there are no --splits")
     command.add_argument("--inner", type=int, default=5, help="inner folds, where a fold has no val")
@@ -38,7 +42,10 @@ def add(commands) -> None:
     command.add_argument("--mpp", type=float, help="um per level-0 px, for STAMP's files, whose coordinates are um")
     command.add_argument("--origin", choices=("image", "bounds"), default="image", help="what GeoJSON counts from")
     command.add_argument(
-        "--pretrained", type=Path, help="cases that the encoder was trained on: its run, or a text file, a case a line"
+        "--pretrained",
+        type=Path,
+        help="cases that the encoder was trained on: its run, or a text file, a case a line (default: as mfl extract "
+        "wrote beside the features)",
     )
     command.add_argument("--quiet", action="store_true", help="no progress")
 
@@ -50,15 +57,18 @@ def mil(options: argparse.Namespace) -> int:
     from mfl_jax.evaluators.mil import document
 
     table = bags.read_table(options.table, options.label, options.time, options.event)
+    every = table.slides
+    table = bags.without(table, options.exclude, say) if options.exclude else table
     given = {name: bags.read_folder(path, table, mpp=options.mpp) for name, path in _folders(options.features).items()}
     dealt = {"inner": options.inner, "seed": options.seed}
     folds = (
-        mil.read_splits(options.splits, table, **dealt)
+        mil.read_splits(options.splits, table, left_out=sorted(set(every) - set(table.slides)), **dealt)
         if options.splits
         else mil.nested(table, outer=options.folds, **dealt)
     )
     settings = mil.Settings(options.epochs, options.patience, options.batch, options.tiles, not options.raw)
-    pretrained = _cases(options.pretrained) if options.pretrained else ()
+    seen = {name: _pretrained(path, options.pretrained) for name, path in _folders(options.features).items()}
+    pretrained = {name: cases for name, cases in seen.items() if cases is not None}
     chosen = {"seeds": options.seeds, "lrs": options.lr, "decays": options.decay, "seed": options.seed}
 
     def tell(arm: str, done: int, total: int) -> None:
@@ -75,9 +85,9 @@ def mil(options: argparse.Namespace) -> int:
         **chosen,
     )
     config = {name: _plain(value) for name, value in vars(options).items() if name not in ("run", "command")}
-    both = len(set(pretrained) & set(table.cases))
-    known = f"Of {len(set(pretrained))} cases that the encoder was trained on, {both} are in the table."
-    notes = (known if options.pretrained else UNSAID,)
+    notes = [_known(name, cases, table.cases) for name, cases in seen.items()]
+    for note in notes:
+        say(note)
     of_maps = {"drawn": options.maps, "origin": options.origin}
     page = document.write(options.out, found, given, notes=notes, config=config, **of_maps)
     for arm in document.ordered(found):
@@ -88,7 +98,19 @@ def mil(options: argparse.Namespace) -> int:
     return 0
 
 
-UNSAID = "Which cases the encoder was trained on was not said (--pretrained): of those, figures are too good."
+def _pretrained(folder: Path, given: Path | None) -> Sequence[str] | None:
+    """Cases that the encoder was trained on: as said, or as mfl extract wrote beside its features."""
+    from mfl_jax import bags, store
+
+    return _cases(given) if given else store.trained_cases(bags.find_folder(folder))
+
+
+def _known(name: str, cases: Sequence[str] | None, tested: Sequence[str]) -> str:
+    if cases is None:
+        return f"{name}: which cases the encoder saw is not known (--pretrained): of those, figures are too good."
+    both = len(set(cases) & set(tested))
+    what = "transductive, and too good" if both else "inductive"
+    return f"{name}: of {len(set(cases))} cases that the encoder was trained on, {both} are in the table: {what}."
 
 
 def _cases(path: Path) -> list[str]:

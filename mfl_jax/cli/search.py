@@ -1,13 +1,20 @@
-"""What lies in the features: tiles like one tile (search), kinds of tile (clusters), kinds of slide (prototypes)."""
+"""What lies in an encoder: tiles like one tile (search), kinds of tile (clusters) and of slide (prototypes), what it
+attends to (attention)."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mfl_jax.cli.parts import add_command, say
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mfl_jax.corpus import Corpus
+
 
 def add(commands) -> None:
-    for add in (_add_search, _add_clusters, _add_prototypes):
+    for add in (_add_search, _add_clusters, _add_prototypes, _add_attention):
         add(commands)
 
 
@@ -48,6 +55,12 @@ def _add_search(commands) -> None:
     command.add_argument("--radius", type=float, default=0.0, help="ask with the mean of all tiles within")
     command.add_argument("--k", type=int, default=11, help="tiles to find (default 11)")
     command.add_argument("--across", choices=("case", "slide", "tile"), default="case", help="what is left out")
+    command.add_argument(
+        "--partner", help="search in tiles of this partner by H&E; without a query: recall both ways, over all of them"
+    )
+    command.add_argument(
+        "--reverse", action="store_true", help="with --partner: search in H&E by a tile of the partner"
+    )
     command.add_argument("--label", default="", help="a column to print, and to frame the pictures by")
     command.add_argument(
         "--index", default="", help="an index of faiss, such as HNSW32 (default: exact, without faiss)"
@@ -57,28 +70,69 @@ def _add_search(commands) -> None:
 
 def search(options: argparse.Namespace) -> int:
     """Find the tiles most similar (cosine) to one tile or region, by default in other cases than its own."""
-    import numpy as np
+    from mfl_jax import search
 
-    from mfl_jax import corpus, search
-
-    by_place = None not in (options.slide, options.x, options.y)
-    if by_place == (options.tile is not None):
-        raise ValueError("the query is --tile, or --slide with --x and --y")
+    if options.partner is not None:
+        return _across_modalities(options)
+    if options.reverse:
+        raise ValueError("--reverse goes with --partner")
+    _check_query(options)
     tiles = _corpus(options)
-    if by_place:
-        place = (options.slide, options.x, options.y)
-        query = corpus.locate(tiles, *place, um=options.um, radius=options.radius)
-    else:
-        query = np.flatnonzero(tiles.columns["tile"] == options.tile)
-        if not len(query):
-            raise ValueError(
-                f"--tile is from 0 to {tiles.columns['tile'].max()}, of those searched in: {options.tile} is none"
-            )
+    query = _query(options, tiles)
     hits = search.search(tiles, query, options.k, options.across, index=options.index)
     print(f"query: {search.described(tiles, hits, options.label)}")
     print(search.printed(search.lines(tiles, hits, options.label)))
     if options.out:
         print("wrote " + ", ".join(map(str, search.save(options.out, tiles, hits, options.label))))
+    return 0
+
+
+def _check_query(options: argparse.Namespace) -> None:
+    by_place = None not in (options.slide, options.x, options.y)
+    if by_place == (options.tile is not None):
+        raise ValueError("the query is --tile, or --slide with --x and --y")
+
+
+def _query(options: argparse.Namespace, tiles: "Corpus") -> "np.ndarray":
+    """Rows of the tiles that are asked with."""
+    import numpy as np
+
+    from mfl_jax import corpus
+
+    if options.tile is None:
+        place = (options.slide, options.x, options.y)
+        return corpus.locate(tiles, *place, um=options.um, radius=options.radius)
+    query = np.flatnonzero(tiles.columns["tile"] == options.tile)
+    if not len(query):
+        raise ValueError(
+            f"--tile is from 0 to {tiles.columns['tile'].max()}, of those searched in: {options.tile} is none"
+        )
+    return query
+
+
+def _across_modalities(options: argparse.Namespace) -> int:
+    """From H&E to a partner, or back. A tile may find itself: that is what is asked."""
+    from mfl_jax import cross_modal, search
+
+    if options.features or not (options.workdir and options.tileset) or options.feature:
+        raise ValueError("--partner goes with --run and --tileset, and takes the projections of training")
+    asked = options.tile is not None or options.slide is not None
+    if asked:
+        _check_query(options)
+    say(f"embedding {options.tileset} with {options.workdir}")
+    split = options.split or (None if asked else "test")
+    pairs = cross_modal.embed(options.workdir, options.tileset, options.partner, batch=options.batch, split=split)
+    if not asked:
+        print("\n".join(cross_modal.told(pairs, cross_modal.evaluate(pairs))))
+        return 0
+    he, partner = cross_modal.corpora(pairs, options.tileset)
+    bank, asker = (he, partner) if options.reverse else (partner, he)
+    query = _query(options, asker)
+    hits = search.search(bank, query, options.k, "nothing", index=options.index, asked_by=asker)
+    print(f"query: {search.described(asker, hits, options.label)}")
+    print(search.printed(search.lines(bank, hits, options.label)))
+    if options.out:
+        print("wrote " + ", ".join(map(str, search.save(options.out, bank, hits, options.label, asker))))
     return 0
 
 
@@ -108,6 +162,26 @@ def clusters(options: argparse.Namespace) -> int:
         print("\n".join((f"{result.unknown} tiles have no class and are left out of these", *result.agreement.notes)))
     written = sort.save(options.out, tiles, result)
     print(f"wrote {len(written)} files to {options.out}")
+    return 0
+
+
+def _add_attention(commands) -> None:
+    command = add_command(commands, "attention", attention, "a picture of what a trained ViT attends to")
+    command.add_argument("workdir", metavar="run", type=Path, help="the workdir of mfl train")
+    command.add_argument("--tileset", type=Path, required=True)
+    command.add_argument("--split", default="", help="tiles of this split of the tile set alone")
+    command.add_argument("--rows", type=int, default=4, help="tiles to draw (default 4)")
+    command.add_argument("--seed", type=int, default=0, help="which tiles")
+    command.add_argument("--out", type=Path, default=Path("attention.png"))
+
+
+def attention(options: argparse.Namespace) -> int:
+    """Draw a few tiles, and over them what the CLS token of the last block attends to, head by head."""
+    from input_pipeline.tileset import TileSet
+    from mfl_jax import attention
+
+    which = {"rows": options.rows, "split": options.split, "seed": options.seed}
+    print(f"wrote {attention.of_run(options.workdir, TileSet.open(options.tileset), options.out, **which)}")
     return 0
 
 

@@ -21,10 +21,11 @@ def _add_demo(commands) -> None:
     command.add_argument("--out", type=Path, default=Path("demo"))
     command.add_argument("--seeds", type=int, default=1, help="runs of every arm (default 1)")
     command.add_argument("--seed", type=int, default=0, help="of the slides that are drawn")
-    command.add_argument("--cases", type=int, help="patients (default 20, or 24 with --gpu-size)")
-    command.add_argument("--size", type=int, help="side of a slide in px (default 1024, or 8192 with --gpu-size)")
+    command.add_argument("--cases", type=int, help="patients (default 20)")
+    command.add_argument("--size", type=int, help="side of a slide in px (default 1024, or 3072 with --gpu-size)")
     command.add_argument("--gpu-size", action="store_true", help="224 px and ResNet-50, for an accelerator")
     command.add_argument("--more", default="", help="overrides for every config, such as total.steps=50")
+    command.add_argument("--side-by-side", type=int, help="runs at a time (default: a core each; 1 on an accelerator)")
     command.add_argument("--data-only", action="store_true", help="end with the tile set, train nothing")
     add_work(command)
 
@@ -40,8 +41,9 @@ def demo(options: argparse.Namespace) -> int:
     asked = {"cases": options.cases, "slide": options.size}
     size = dataclasses.replace(size, **{name: value for name, value in asked.items() if value is not None})
     work = {"workers": options.workers, "progress": not options.quiet, "data_only": options.data_only}
+    runs = {"seeds": options.seeds, "more": options.more, "side_by_side": options.side_by_side}
     try:
-        demo(options.out, size, seed=options.seed, seeds=options.seeds, more=options.more, **work)
+        demo(options.out, size, seed=options.seed, **runs, **work)
     except TrainingFailed as error:
         print(f"mfl demo: {error}", file=sys.stderr)
         return 1
@@ -126,11 +128,22 @@ def _add_eval(commands) -> None:
     command = add_command(commands, "eval", evaluate, "what the features of trained runs are worth, with intervals")
     command.add_argument("runs", type=Path, nargs="+", help="workdirs of mfl train; seeds of one config are one arm")
     command.add_argument("--tileset", type=Path, required=True)
-    command.add_argument("--task", default="probe", help="probe,knn,few_label,paper_head,decode,batch_effect")
+    command.add_argument(
+        "--task",
+        default="probe",
+        help="probe,knn,few_label,paper_head,retrieval,decode,batch_effect,distance_ratio,saliency",
+    )
     command.add_argument("--target", default="label", help="a column of the tile set (default: label)")
     command.add_argument("--threshold", type=float, help="two classes: above it, and not")
     command.add_argument("--regression", action="store_true", help="the target is a number")
     command.add_argument("--decoded", default="", help="partners for decode (default: all of the tile set)")
+    command.add_argument(
+        "--truth",
+        default="",
+        help="for saliency: if:MARKER, nuclei, none (default: a channel called a marker, or a map)",
+    )
+    command.add_argument("--near-um", type=float, default=0.0, help="of distance_ratio: nearer pairs of tiles are near")
+    command.add_argument("--far-um", type=float, default=0.0, help="of distance_ratio: farther pairs are far")
     command.add_argument("--baselines", default="", help="random, and colour of tiles or mean of regions")
     command.add_argument("--feature", default="he", help="of what the method embeds")
     command.add_argument("--batch", type=int, default=256)
@@ -146,20 +159,22 @@ def evaluate(options: argparse.Namespace) -> int:
     from mfl_jax.evaluators import Task
 
     task = Task(options.target, options.target, options.threshold, options.regression)
-    results = compare.evaluate(
+    results, pictures = compare.evaluate(
         options.runs,
         TileSet.open(options.tileset),
         task,
         kinds=_names(options.task),
         baselines=_names(options.baselines),
         decoded=_names(options.decoded),
+        truth=options.truth,
+        limits=(options.near_um, options.far_um),
         feature=options.feature,
         batch=options.batch,
         transductive=options.transductive,
         resamples=options.resamples,
         say=say,
     )
-    written = report.save(options.out, results, {})
+    written = report.save(options.out, results, pictures)
     print(report.readme(results))
     print(f"{results['answer']}\n{options.out / 'results.json'}  {written}")
     return 0

@@ -1,16 +1,16 @@
 """What the demo compares: one config an arm, the same encoder, views of the H&E, batch and number of steps for all."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import configs
 from mfl_jax import config as loader
 from mfl_jax import data, sweep
+from mfl_jax.evaluation import FEW
 from mfl_jax.watch import TrainingFailed
 
-FEW = 0.05
 TARGET, THRESHOLD = "positive", 0.5
 LABELLED = f'supervised.target={TARGET},supervised.threshold={THRESHOLD},data.columns=("{TARGET}",)'
 
@@ -57,7 +57,8 @@ class Size:
 
 
 SMALL = Size("phantom", tile=64, slide=1024, cases=20)
-GPU = Size("gpu", tile=256, slide=8192, cases=24)
+# Sized for minutes on one accelerator; for more: --size 8192 --cases 24 --more total.steps=3000.
+GPU = Size("gpu", tile=256, slide=3072, cases=20, more="total.steps=600")
 
 
 def spec(arm: Arm, size: Size, tileset: Path, seed: int, more: str = "") -> str:
@@ -69,19 +70,28 @@ def spec(arm: Arm, size: Size, tileset: Path, seed: int, more: str = "") -> str:
 
 
 def train_all(
-    out: Path, size: Size, tileset: Path, *, seeds: int, more: str, side_by_side: int, tell: Callable[[str], None]
+    out: Path,
+    size: Size,
+    tileset: Path,
+    *,
+    seeds: int,
+    more: str,
+    side_by_side: int,
+    environment: Mapping[str, str],
+    tell: Callable[[str], None],
+    arms: Sequence[Arm] = ARMS,
 ) -> dict[str, list[Path]]:
     """Name of the arm -> the folders of its runs. A run that has ended is kept. TrainingFailed where one fails."""
-    for arm in ARMS:  # what cannot be is said before the first is trained
+    for arm in arms:  # what cannot be is said before the first is trained
         data.facts(loader.Reading(loader.load(spec(arm, size, tileset, 0, more))).data)
-    runs: dict[str, list[Path]] = {arm.name: [] for arm in ARMS}
+    runs: dict[str, list[Path]] = {arm.name: [] for arm in arms}
     jobs = []
     for seed in range(seeds):
-        for arm in ARMS:
+        for arm in arms:
             name = f"{arm.name}-{seed}"
             jobs.append(sweep.Job(name, spec(arm, size, tileset, seed, more), out / "runs" / name))
             runs[arm.name].append(jobs[-1].workdir)
-    submit = functools.partial(sweep.local, side_by_side=side_by_side)
+    submit = functools.partial(sweep.local, side_by_side=side_by_side, environment=environment)
     if failed := sweep.run(jobs, out / "runs", submit, say=tell):
         raise TrainingFailed("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
     return runs

@@ -1,5 +1,6 @@
 """The one pass over a set that all evaluators share: every example through `Method.embed` exactly once."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from mfl_jax import sharding
 if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
 
+HELD_BYTES = 2 << 30
 Embed = Callable[[Any, Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
 
@@ -79,6 +81,20 @@ def mean_of_tiles(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> di
     return {"he": (grid[..., :-1] * grid[..., -1:]).sum((1, 2)) / count[:, None]}
 
 
+def held_tiles(
+    tileset: "TileSet", mesh: Mesh, *, batch: int, split: str | None = None, most: int = HELD_BYTES
+) -> list[dict[str, np.ndarray]] | None:
+    """The H&E of a split, read and decoded once for the many encoders that are to see it; None where it takes more
+    bytes than `most`, or is read by several hosts."""
+    from input_pipeline.stream import eval_stream
+
+    of_one = math.prod(tileset.spec.he_shape) * np.dtype(tileset.spec.he_dtype).itemsize
+    if len(tileset.ids(split)) * of_one > most or jax.process_count() > 1:
+        return None
+    with eval_stream(tileset, batch=sharding.rows_for(batch, mesh), split=split, partners=()) as batches:
+        return list(batches)
+
+
 def embed_set(
     embed: Embed,
     params: Any,
@@ -90,19 +106,24 @@ def embed_set(
     split: str | None = None,
     partners: tuple[str, ...] = (),
     stall_timeout: float | None = 300,
+    held: Iterable[Mapping[str, np.ndarray]] | None = None,
 ) -> Embedded:
     """Every tile of a split, with all columns of the tile set; slide and case as names.
 
     `batch` is rounded up to the devices. `partners` are decoded and given to embed; leave them out unless the method
-    needs them (an upper bound that sees the partner at inference).
+    needs them (an upper bound that sees the partner at inference). `held` are the batches of `held_tiles`, which are
+    not read again.
     """
     from input_pipeline.stream import eval_stream
 
-    host = (jax.process_index(), jax.process_count())
-    rows = sharding.rows_for(batch, mesh)
-    options: dict[str, Any] = {"batch": rows, "split": split, "partners": partners, "host": host}
-    with eval_stream(tileset, stall_timeout=stall_timeout, **options) as batches:
-        found = embed_pass(embed, params, extra, batches, mesh)
+    if held is not None:
+        found = embed_pass(embed, params, extra, held, mesh)
+    else:
+        host = (jax.process_index(), jax.process_count())
+        rows = sharding.rows_for(batch, mesh)
+        options: dict[str, Any] = {"batch": rows, "split": split, "partners": partners, "host": host}
+        with eval_stream(tileset, stall_timeout=stall_timeout, **options) as batches:
+            found = embed_pass(embed, params, extra, batches, mesh)
     expected = tileset.ids(split)
     if not np.array_equal(found.ids, expected):
         raise ValueError(f"{len(found)} of {len(expected)} tiles were embedded; verify the tile set")

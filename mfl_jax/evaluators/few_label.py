@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mfl_jax import statistics
 from mfl_jax.evaluators import logistic
 from mfl_jax.evaluators.probe import check_features, chosen_fits, count_classes
-from mfl_jax.evaluators.results import class_metrics
+from mfl_jax.evaluators.results import Result, class_metrics
 from mfl_jax.evaluators.tasks import Draw, Task, check_overlap, nested_draw, split_rows
 from mfl_jax.statistics import Interval
 
@@ -36,6 +37,12 @@ class Curve:
     ids: np.ndarray
     mode: str
     notes: tuple[str, ...]
+
+    def results(self, unit: str, fraction: float) -> list[Result]:
+        """One a draw, as if it were a seed; none where the curve has no such point."""
+        same: tuple[Any, ...] = (self.labels, self.cases, self.ids, {}, self.mode)
+        points = [p for p in self.points if (p.unit, p.fraction) == (unit, fraction)]
+        return [Result(self.task, {}, scores, *same) for p in points for scores in p.scores]
 
     def floats(self, prefix: str, metric: str = "auc") -> dict[str, float]:
         found = {}

@@ -97,15 +97,19 @@ def class_metrics(
     labels: np.ndarray,
     scores: np.ndarray,
     cases: np.ndarray,
-    names: Sequence[str] = CLASS_METRICS,
+    names: Sequence[str] | Mapping[str, str | Metric] = CLASS_METRICS,
     **options: Any,
 ) -> tuple[dict[str, Interval], tuple[str, ...]]:
     """Intervals by name, and notes: on those with a value but no interval (one case), and those without (one class).
 
     scores are [N] or [N, K], or of several seeds [S, N], [S, N, K]; with resamples=0 no interval is made.
     """
-    point = {name: functools.partial(statistics.measure, name, labels, scores) for name in names}
-    drawn = {name: functools.partial(statistics.bootstrap, name, labels, scores, cases, **options) for name in names}
+    given: dict[str, str | Metric] = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+    point = {name: functools.partial(statistics.measure, metric, labels, scores) for name, metric in given.items()}
+    drawn = {
+        name: functools.partial(statistics.bootstrap, metric, labels, scores, cases, **options)
+        for name, metric in given.items()
+    }
     return _collect(point, drawn if options.get("resamples") != 0 else {}, cases)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mfl_jax import statistics, topk
 from mfl_jax.evaluators.probe import check_features
-from mfl_jax.evaluators.results import floats, mean_score, over_cases, value_metrics
+from mfl_jax.evaluators.results import Result, floats, mean_score, over_cases, value_metrics
 from mfl_jax.evaluators.tasks import Task, check_overlap, split_rows
 from mfl_jax.statistics import Difference, Interval
 
@@ -34,6 +34,7 @@ class Retrieved:
     ids: np.ndarray  # [Q] rows of the features
     mode: str = "inductive"
     notes: tuple[str, ...] = ()
+    positive: np.ndarray | None = None  # bool [Q]: queries of class 1, where there are two classes
 
     def floats(self, prefix: str) -> dict[str, float]:
         found = floats(self.metrics, prefix) | {f"{prefix}/{k}_chance": v for k, v in self.chance.items()}
@@ -77,19 +78,11 @@ def evaluate(
     queries, notes = _drawn(bank, most, seed, "queries")
     group, label = np.unique(np.asarray(columns[across])[bank], return_inverse=True)[1], target[bank]
     asked = np.searchsorted(bank, queries)
-    options: dict[str, Any] = {"k": max(*ks, depth), "exclude": [(group[asked], group)]}
-    _, index = topk.search(features[queries], features[bank], **options)
-    hit = (index >= 0) & (label[np.maximum(index, 0)] == label[asked][:, None])
-    table = np.zeros((label.max() + 1, group.max() + 1), np.int64)
-    np.add.at(table, (label, group), 1)
-    right = table[label[asked]].sum(1) - table[label[asked], group[asked]]
-    allowed = len(bank) - table.sum(0)[group[asked]]
-    there = right > 0
+    each, there, chance = answers(features[bank], label, group, asked, ks, depth)
     if not there.any():
         raise ValueError(
             f"task {task.name!r}: none of {len(queries)} queries has an answer in another {across} of split {split!r}"
         )
-    each = _each(hit[there], right[there], ks, depth)
     cases = np.asarray(columns["case"])[queries]
     metrics, more = _intervals(each, cases[there], "", resamples, seed)
     counts = {"bank": len(bank), "queries": len(queries), "without_answer": int((~there).sum()), "unknown": unknown}
@@ -101,9 +94,28 @@ def evaluate(
         counts |= {"positive_queries": int(positive.sum()), "positive_without_answer": int((positive & ~there).sum())}
     if counts["without_answer"]:
         more += (f"{counts['without_answer']} of {len(queries)} queries have no answer in another {across}",)
-    chance = {f"recall_{k}": _chance(right[there], allowed[there], k) for k in ks}
     mode = "transductive" if seen else "inductive"
-    return Retrieved(task.name, metrics, chance, counts, each, cases[there], queries[there], mode, seen + notes + more)
+    notes = seen + notes + more
+    two = positive[there] if target[known].max() == 1 else None
+    return Retrieved(task.name, metrics, chance, counts, each, cases[there], queries[there], mode, notes, two)
+
+
+def answers(
+    features: np.ndarray, label: np.ndarray, group: np.ndarray, asked: np.ndarray, ks: Sequence[int], depth: int = DEPTH
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, float]]:
+    """Rows `asked` of a bank ask for rows of their label in another group (both numbered from 0): values by metric of
+    those queries that have an answer, which they are (bool, of `asked`), and the recall of answers in random order.
+    """
+    options: dict[str, Any] = {"k": max(*ks, depth), "exclude": [(group[asked], group)]}
+    _, index = topk.search(features[asked], features, **options)
+    hit = (index >= 0) & (label[np.maximum(index, 0)] == label[asked][:, None])
+    table = np.zeros((label.max() + 1, group.max() + 1), np.int64)
+    np.add.at(table, (label, group), 1)
+    right = table[label[asked]].sum(1) - table[label[asked], group[asked]]
+    allowed = len(label) - table.sum(0)[group[asked]]
+    there = right > 0
+    chance = {f"recall_{k}": _chance(right[there], allowed[there], k) for k in ks} if there.any() else {}
+    return _each(hit[there], right[there], ks, depth), there, chance
 
 
 def cross_modal(
@@ -136,6 +148,26 @@ def cross_modal(
     return found
 
 
+def over_seeds(results: Sequence[Retrieved], *, seed: int = 0, resamples: int = 2000) -> dict[str, Interval]:
+    """Metrics of several seeds that were asked the same: the mean over seeds, with an interval over cases."""
+    for result in results[1:]:
+        if not np.array_equal(result.ids, results[0].ids):
+            raise ValueError("seeds were asked different queries: their mean would compare nothing")
+    first = results[0]
+    each = {name: np.mean([r.each[name] for r in results], 0) for name in first.each}
+    found = _intervals(each, first.cases, "", resamples, seed)[0]
+    if first.positive is None or not first.positive.any():
+        return found
+    some = {name: values[first.positive] for name, values in each.items()}
+    return found | _intervals(some, first.cases[first.positive], "positive_", resamples, seed)[0]
+
+
+def as_result(found: Retrieved, metric: str) -> Result:
+    """One value a query, for comparisons of arms by results.compare with mean_score."""
+    none = np.zeros(len(found.ids), int)
+    return Result(found.task, found.metrics, found.each[metric], none, found.cases, found.ids, {}, found.mode)
+
+
 def compare(arms: Mapping[str, Retrieved | Sequence[Retrieved]], metric: str, **options: Any) -> list[Difference]:
     """Paired differences of a metric between arms, several results an arm being seeds; Holm over all pairs. ValueError
     where the arms were not asked the same.
@@ -156,7 +188,7 @@ def compare(arms: Mapping[str, Retrieved | Sequence[Retrieved]], metric: str, **
 
 
 def distance_ratio(
-    features: np.ndarray,
+    features: np.ndarray | Sequence[np.ndarray],
     columns: Mapping[str, np.ndarray],
     *,
     near_um: float,
@@ -170,9 +202,12 @@ def distance_ratio(
 
     A pair lies on one slide, its centres less than near_um apart or more than far_um; others are not used. Columns x, y
     and mpp give places. A high ratio may be stain and smoothness alone: read it beside retrieval in other cases.
+    Features of several seeds, in a list, give the mean of their ratios.
     """
     check_limits(near_um, far_um)
-    check_features(features, np.ones(len(columns["slide"]), bool))
+    seeds = [features] if isinstance(features, np.ndarray) else list(features)
+    for one in seeds:
+        check_features(one, np.ones(len(columns["slide"]), bool))
     at = np.stack([np.asarray(columns[c], np.float64) * np.asarray(columns["mpp"], np.float64) for c in ("x", "y")], 1)
     if not np.isfinite(at).all():
         raise ValueError(f"{np.sum(~np.isfinite(at).all(1))} tiles have no place on their slide (columns x, y, mpp)")
@@ -181,10 +216,10 @@ def distance_ratio(
     for number, _ in enumerate(names):
         rows, drawn = _drawn(np.flatnonzero(which == number), most, seed, "tiles")
         notes += [f"slide {names[number]}: {note}" for note in drawn]
-        sums.append(_pair_sums(features[rows], at[rows], near_um, far_um))
+        sums.append([_pair_sums(one[rows], at[rows], near_um, far_um) for one in seeds])
         cases.append(np.asarray(columns["case"])[rows[0]])
     table, of_case = np.array(sums), np.array(cases)
-    both = (table[:, 2:] > 0).all(1)
+    both = (table[:, 0, 2:] > 0).all(1)
     if not both.any():
         raise ValueError(
             f"no slide has pairs both nearer than {near_um:g} um and farther than {far_um:g} um; the farthest pair is "
@@ -268,12 +303,14 @@ def _pair_sums(x: np.ndarray, at: np.ndarray, near_um: float, far_um: float, blo
 
 
 def _global_ratio(values: np.ndarray, sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    far, near, far_pairs, near_pairs = (weights @ sums).T
-    return _over(far * near_pairs, near * far_pairs)
+    """Of sums [slides, seeds, 4]: the mean over seeds, [resamples]."""
+    far, near, far_pairs, near_pairs = np.moveaxis(np.tensordot(weights, sums, 1), -1, 0)
+    return _over(far * near_pairs, near * far_pairs).mean(1)
 
 
 def _local_ratio(values: np.ndarray, sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return _over(weights @ _over(sums[:, 0] * sums[:, 3], sums[:, 1] * sums[:, 2]), weights.sum(1))
+    far, near, far_pairs, near_pairs = np.moveaxis(sums, -1, 0)
+    return _over(weights @ _over(far * near_pairs, near * far_pairs).mean(1), weights.sum(1))
 
 
 def _over(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

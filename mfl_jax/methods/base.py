@@ -1,7 +1,7 @@
 """The method contract: four pure functions, and a fifth for what happens rarely."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -50,6 +50,8 @@ class Method:
     update  (params, extra, out, step)       -> extra                    after the optimiser, with the new params
     embed   (params, extra, batch)           -> {name: features [B, D]}  H&E only: all that evaluators ever see
     merge   (outs, stacked by slices)        -> out                      of gradient accumulation; not all are means
+    align   {partner: (params, extra, batch) -> {'he': z, partner: z}}   projections in the space that training compared
+            the two in; for retrieval from one modality to the other alone, never for figures of H&E
     """
 
     init: Callable[[jax.Array, Batch], tuple[Params, Extra]]
@@ -58,3 +60,4 @@ class Method:
     embed: Callable[[Params, Extra, Batch], dict[str, jax.Array]]
     refresh: Refresh | None = None
     merge: Callable[[Any], Any] = mean_of_slices
+    align: Mapping[str, Callable[[Params, Extra, Batch], dict[str, jax.Array]]] = field(default_factory=dict)

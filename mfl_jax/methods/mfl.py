@@ -20,7 +20,7 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
     names = ("he", *partners)
     encoders = {"he": reading.encoder} | {p: getattr(options.encoders, p) for p in partners}
     branches = {name: towers.tower(encoders[name], options.projector, reading.dtype) for name in names}
-    views, look = towers.view_plan(reading, facts, *names), towers.eval_view(reading, facts)
+    views, looks = towers.view_plan(reading, facts, *names), towers.eval_views(reading, facts, names)
     pair, scale = towers.pair_loss(options, mesh), towers.learnt_scale(options)
 
     def init(rng: jax.Array, batch: Batch):
@@ -49,6 +49,6 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
         return out
 
     def embed(params, extra, batch: Batch):
-        return {"he": branches["he"].features(params["he"], extra["he"], look(batch["he"]))}
+        return {"he": branches["he"].features(params["he"], extra["he"], looks["he"](batch["he"]))}
 
-    return Method(init, loss, update, embed)
+    return Method(init, loss, update, embed, align=towers.aligned(branches, looks))

@@ -5,6 +5,9 @@ every row, and the place where the next keys go are all in `extra`.
 
 second      'same': the key is another view of the tile; 'near': of the near tile that data.near_um puts beside it
 symmetric   both views are query and key in turn: the mean of two losses, and both keys enter the queue
+negatives   the queue; with batch_negatives the other keys of the batch too. Rows of the queue are older than a key, and
+            were normalised with other batches: of the queue alone a key is told by that, whatever the tile shows. A
+            slow key network and a small learning rate hide it; short trainings have neither.
 BatchNorm   over the global batch, query and key of a batch share its statistics, by which a key can be told from the
             queue. With bn_groups in the encoder's spec the keys' rows are normalised in groups of another, random
             order: this is what "shuffling BN" does, with a group where MoCo has a device.
@@ -30,6 +33,7 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
     look, see = towers.eval_view(reading, facts), _views(reading, facts)
     ways = 2 if options.symmetric else 1
     temperature, apart, size = options.temperature, options.mask_same_slide, options.queue
+    beside = options.batch_negatives if "batch_negatives" in options else False  # runs of before did not say
     decay = _checked(size, reading.data.batch * ways, options.momentum)
     shuffled = models.parse(reading.encoder)[1].get("bn_groups", 1) > 1
 
@@ -59,7 +63,9 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
             key, other = (jax.random.fold_in(rng, start + number) for start in (1000, 2000))
             _, q, stats = branch(params["he"], stats, x, key)
             k, slow = key_of(extra["key"]["params"], slow, y, other)
-            found.append(losses.queue_nce(q, k, extra["queue"], temperature=temperature, **rows))
+            found.append(
+                losses.queue_nce(q, k, extra["queue"], temperature=temperature, batch_negatives=beside, **rows)
+            )
             queries.append(q)
             keys.append(losses.normalise(k))
         value, metrics = jax.tree.map(lambda *each: sum(each) / ways, *found)

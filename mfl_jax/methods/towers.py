@@ -1,5 +1,6 @@
 """What joint-embedding methods share: towers (encoder and projector), views of a batch, the loss of a pair."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,26 @@ def eval_view(reading: Any, facts: Facts, name: str = "he") -> Callable[[jax.Arr
     modality = facts.modalities[name]
     view = views.parse(spec, size=reading.views.size, kind=modality.kind, channels=modality.channels)
     return lambda images: view(jax.random.key(0), images)
+
+
+def aligned(branches: Mapping[str, Tower], looks: Mapping[str, Callable[[jax.Array], jax.Array]]) -> dict[str, Any]:
+    """Method.align of a method that keeps the tower of every modality under its name: one entry a partner that has a
+    view of evaluation."""
+
+    def project(name: str, params: Any, extra: Any, batch: Batch) -> jax.Array:
+        unused = jax.random.key(0)
+        return branches[name](params[name], extra[name], looks[name](batch[name]), unused, train=False)[1]
+
+    def both(partner: str, params: Any, extra: Any, batch: Batch) -> dict[str, jax.Array]:
+        return {name: project(name, params, extra, batch) for name in ("he", partner)}
+
+    return {name: functools.partial(both, name) for name in looks if name != "he"}
+
+
+def eval_views(reading: Any, facts: Facts, names: tuple[str, ...]) -> dict[str, Callable[[jax.Array], jax.Array]]:
+    """Of the H&E, and of the partners whose view of evaluation the config has: runs of before did not say it."""
+    told = [name for name in names if name == "he" or f"eval_{name}" in reading.views]
+    return {name: eval_view(reading, facts, name) for name in told}
 
 
 def check_partners(wanted: tuple[str, ...], facts: Facts, where: str) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
     (partner,) = towers.check_partners((options.partner,), facts, "trident.partner")
     he = towers.tower(reading.encoder, options.projector, reading.dtype)
     dense = towers.tower(options.encoder, options.projector, reading.dtype)
-    views, look = towers.view_plan(reading, facts, "he", partner), towers.eval_view(reading, facts)
+    views, looks = towers.view_plan(reading, facts, "he", partner), towers.eval_views(reading, facts, ("he", partner))
     pair, scale = towers.pair_loss(options, mesh), towers.learnt_scale(options)
     count = len(dict(views.views)["he"])
     if count != 2:
@@ -50,6 +50,6 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
         return out
 
     def embed(params, extra, batch: Batch):
-        return {"he": he.features(params["he"], extra["he"], look(batch["he"]))}
+        return {"he": he.features(params["he"], extra["he"], looks["he"](batch["he"]))}
 
-    return Method(init, loss, update, embed)
+    return Method(init, loss, update, embed, align=towers.aligned({"he": he, partner: dense}, looks))

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mfl_jax.models import grid_vit, resnet, vit
+from mfl_jax.models import attention, grid_vit, resnet, vit
 from mfl_jax.models.compact import Compact
 from mfl_jax.models.heads import DinoHead, Directions, Layers, PaperHead
 from mfl_jax.trees import overview
@@ -32,12 +32,14 @@ class Model:
 
     apply(params, stats, x, *, train, rng=None, dtype=float32, maps=False) -> (features [B, dim] float32, new stats), or
     with maps=True -> (features, maps [B, h, w, channels]). rng is needed while training with dropout or drop path only.
+    attention(params, x, *, dtype=float32) -> [B, heads, h, w], of the CLS token in the last block; None of a convnet.
     """
 
     init: Callable[..., tuple[Any, Any]]
     apply: Callable[..., tuple[Any, Any]]
     dim: int
     name: str
+    attention: Callable[..., jax.Array] | None = None
 
 
 def make(spec: str, **overrides: Any) -> Model:
@@ -150,7 +152,10 @@ def from_module(module: Any, dim: int, name: str) -> Model:
             raise ValueError(f"{name} works on vectors: it has no maps")
         return (features, grid) if maps else (features, stats)
 
-    return Model(init, apply, dim, name)
+    def attend(params: Any, x: jax.Array, *, dtype: Any = jnp.float32) -> jax.Array:
+        return attention.of_cls(module.clone(dtype=dtype), params, x)
+
+    return Model(init, apply, dim, name, attend if isinstance(module, vit.ViT) else None)
 
 
 def build_resnet(

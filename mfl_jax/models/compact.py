@@ -26,13 +26,13 @@ class Compact(nn.Module):
         x = x.astype(self.dtype)
         for stage, width in enumerate(self.widths):
             x = Dense(width, dtype=self.dtype, name=f"down{stage}")(fold_blocks(x, 2 if stage else self.patch))
-            x = nn.relu(BatchNorm(**norm, name=f"down{stage}_bn")(x, train))
+            x = BatchNorm(**norm, relu=True, name=f"down{stage}_bn")(x, train)
             for i in range(self.blocks):
                 y = Conv(width, 3, dtype=self.dtype, name=f"stage{stage}_{i}_conv1")(x)
-                y = nn.relu(BatchNorm(**norm, name=f"stage{stage}_{i}_bn1")(y, train))
+                y = BatchNorm(**norm, relu=True, name=f"stage{stage}_{i}_bn1")(y, train)
                 y = Conv(width, 3, dtype=self.dtype, name=f"stage{stage}_{i}_conv2")(y)
                 start = nn.initializers.zeros
                 x = nn.relu(x + BatchNorm(**norm, scale_init=start, name=f"stage{stage}_{i}_bn2")(y, train))
         x = Dense(2 * self.widths[-1], dtype=self.dtype, name="last")(x)
-        x = nn.relu(BatchNorm(**norm, name="last_bn")(x, train))
+        x = BatchNorm(**norm, relu=True, name="last_bn")(x, train)
         return jnp.mean(x.astype(jnp.float32), (1, 2)), x

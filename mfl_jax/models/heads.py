@@ -35,9 +35,9 @@ class Layers(nn.Module):
             bn = self.bn if inner else self.last_bn
             x = Dense(width, use_bias=not bn, dtype=self.dtype, name=f"dense{i}")(x)
             if bn:
-                x = BatchNorm(**norm, affine=inner, name=f"bn{i}")(x, train)
+                x = BatchNorm(**norm, affine=inner, relu=inner, name=f"bn{i}")(x, train)
             if inner:
-                x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+                x = nn.Dropout(self.dropout, deterministic=not train)(x if bn else nn.relu(x))
         return x.astype(jnp.float32), None
 
 

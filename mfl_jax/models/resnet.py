@@ -32,8 +32,8 @@ class Block(nn.Module):
             last = i == len(sizes)
             y = Conv(width, size, stride, self.dtype, name=f"conv{i}")(y)
             start = nn.initializers.zeros if last else nn.initializers.ones
-            y = BatchNorm(**self.norm, scale_init=start, dtype=self.dtype, name=f"bn{i}")(y, train)
-            y = y if last else nn.relu(y)
+            options: dict[str, Any] = {"scale_init": start, "relu": not last, "dtype": self.dtype}
+            y = BatchNorm(**self.norm, **options, name=f"bn{i}")(y, train)
         if x.shape[-1] != out or self.stride != 1:
             x = Conv(out, 1, self.stride, self.dtype, name="downsample_0")(x)
             x = BatchNorm(**self.norm, dtype=self.dtype, name="downsample_1")(x, train)
@@ -58,7 +58,7 @@ class ResNet(nn.Module):
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         base = round(64 * self.width)
         x = Conv(base, 3 if self.small_stem else 7, 1 if self.small_stem else 2, self.dtype, name="conv1")(x)
-        x = nn.relu(BatchNorm(**norm, dtype=self.dtype, name="bn1")(x, train))
+        x = BatchNorm(**norm, relu=True, dtype=self.dtype, name="bn1")(x, train)
         x = x if self.small_stem else max_pool(x)
         for stage, count in enumerate(counts):
             for i in range(count):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mfl_jax.models.layers import Dense, DropPath, fold_blocks, gelu, resize_grid
+from mfl_jax.models.layers import Dense, DropPath, attend, fold_blocks, gelu, resize_grid
 
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12)}  # features, blocks, heads
 START = nn.initializers.truncated_normal(0.02)
@@ -22,13 +22,8 @@ class Attention(nn.Module):
         """`there` [B, N]: tokens that are attended to, at least one a row; all of them where it is None."""
         b, n, d = x.shape
         qkv = Dense(3 * d, kernel_init=START, dtype=self.dtype, name="qkv")(x)
-        q, k, v = qkv.reshape(b, n, 3, self.heads, d // self.heads).transpose(2, 0, 3, 1, 4)
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q * (d // self.heads) ** -0.5, k)
-        logits = logits.astype(jnp.float32)
-        if there is not None:
-            logits = jnp.where(there[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-        weights = nn.softmax(logits, -1).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v).transpose(0, 2, 1, 3).reshape(b, n, d)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
+        mixed = attend(q, k, v, there).reshape(b, n, d)
         return Dense(d, kernel_init=START, dtype=self.dtype, name="proj")(mixed)
 
 

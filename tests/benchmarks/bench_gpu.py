@@ -11,8 +11,8 @@ variable. `torch` is that in torch: channels_last, autocast to bfloat16, fused A
 Both have the same number of parameters, or the table says so. Views are left out on both sides (uint8 is scaled and
 shifted, no more) but for the word `views`: those of the config, from tiles of 256 px. `remat` recomputes within blocks,
 and is tried by itself where a step does not fit; `eager` is torch without its compiler; `convs` has 1x1 convolutions
-as convolutions, and the words of FLAGS set flags of XLA. `ours:views`, `ours:info_nce` and `extract` are described
-where they stand.
+as convolutions, `noflash` has attention without cuDNN, and the words of FLAGS set flags of XLA. `ours:views`,
+`ours:info_nce`, `ours:attention` and `extract` are described where they stand.
 
 Each row has a process of its own. Those of a wave compile side by side, then measure one after another, while nothing
 else uses the card; the next wave starts its interpreters meanwhile. The rows are written as they come, so that a run
@@ -50,18 +50,18 @@ FLAGS = {
 ROWS = (  # waves, the most wanted first
     ("ours:resnet50:256", "torch:resnet50:256"),
     ("ours:vit_s16:256", "torch:vit_s16:256", "extract:vit_s16:512"),
-    ("ours:resnet50:256:views", "ours:resnet50:256:cublas", "ours:info_nce:65536"),
-    ("ours:vit_s16:256:views", "ours:views:256", "ours:resnet50:256:convs"),
+    ("ours:resnet50:256:views", "ours:vit_s16:256:noflash", "ours:attention:256"),
+    ("ours:resnet50:256:cublas", "ours:resnet50:256:convs", "ours:info_nce:65536"),
     ("ours:vit_s16:1024",),
     ("torch:vit_s16:1024",),
     ("ours:resnet50:1024",),
     ("torch:resnet50:1024",),
-    ("extract:vit_b16:512", "torch:resnet50:256:eager"),
+    ("ours:vit_s16:256:views", "extract:vit_b16:512", "torch:resnet50:256:eager"),
 )
 TINY_ROWS = (
     ("ours:resnet26:4", "torch:resnet26:4:eager"),
     ("ours:vit_ti16:4:views", "ours:views:4:ihc", "extract:vit_ti16:16"),
-    ("ours:info_nce:256",),
+    ("ours:info_nce:256", "ours:attention:2"),
 )
 
 
@@ -117,7 +117,7 @@ class Worker:
         env["XLA_FLAGS"] = " ".join(filter(None, flags))
         command = [sys.executable, __file__, "--worker", job.name, *["--tiny"] * args.tiny]
         self.job, self.doing, self.row = job, "starting", None
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
         self._process = subprocess.Popen(command, text=True, env=env, start_new_session=True, **options)
         self._heard: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -228,6 +228,9 @@ def shown(row: Row, sizes: Row, peak: float) -> list[str]:
         ]
     if "temp_gib" in row:
         remarks += [f"temporary {row['temp_gib']:.2f} GiB, plain {row['plain_temp_gib']:.1f} GiB"]
+    if row["what"] == "attention":
+        errors = [f"{row[f'{name}_{what}_error']:.1e}" for name in ("flash", "plain") for what in ("value", "gradient")]
+        remarks += [f"cuDNN {row['flash']}; plain {row['plain_ms']:.2f} ms; errors {' '.join(errors)}"]
     return [*cells, ", ".join(remarks)]
 
 

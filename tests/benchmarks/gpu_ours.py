@@ -27,7 +27,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "mfl.py"
 def phases(job: Job, sizes: Row) -> Phases:
     if job.what in ENCODERS:
         return step(job, sizes)
-    return {"views": views_alone, "info_nce": info_nce}[job.what](job, sizes)
+    return {"views": views_alone, "info_nce": info_nce, "attention": attention}[job.what](job, sizes)
 
 
 def config_of(model: str, batch: int, sizes: Row, words: str = "", remat: bool = False) -> Any:
@@ -94,6 +94,7 @@ def step(job: Job, sizes: Row) -> Phases:
         towers.view_plan = no_views
     if "convs" in job.words:
         layers.convolve = all_convolutions
+    layers.FLASH = "noflash" not in job.words
     mesh = sharding.make_mesh()
     method = methods.make(reading, facts, mesh)
     tx = optim.make(reading.optim, total_steps=10_000, batch=job.size, examples=facts.examples)
@@ -106,12 +107,12 @@ def step(job: Job, sizes: Row) -> Phases:
     compiled = lowered.compile()
     row: Row = {"compile_s": time.perf_counter() - start, "params": size_of(shapes.params)}
     row |= counts_of(compiled) | {"program_gib": program_bytes(compiled) / GIB}
-    yield None
     about = jax.local_devices()[0].memory_stats() or {}
     if program_bytes(compiled) > about.get("bytes_limit", math.inf):
         raise MemoryError(f"does not fit: {program_bytes(compiled) / GIB:.1f} of {about['bytes_limit'] / GIB:.1f} GiB")
-    at("measuring")
     rows, held = batch_of(facts, job.size, mesh), {"state": state_of(shapes)}
+    yield None
+    at("measuring")
 
     def run() -> None:
         held["state"], held["metrics"] = compiled(held["state"], rows)
@@ -190,3 +191,46 @@ def info_nce(job: Job, sizes: Row, dim: int = 128) -> Phases:
         held["found"] = blocked(a, b)
 
     yield row | timed(run, lambda: jax.block_until_ready(held), sizes["calls"]) | memory_of(blocked)
+
+
+def attention(job: Job, sizes: Row) -> Phases:
+    """Value and gradient of one attention of ViT-S/16, by cuDNN where it has it; how far both ways are from float32."""
+    heads, wide = (6, 64) if sizes["px"] == 224 else (2, 16)
+    shape = (3, job.size, 1 + (sizes["px"] // 16) ** 2, heads, wide)
+
+    def both(qkv: jax.Array, slope: jax.Array) -> Any:
+        value, back = jax.vjp(lambda x: layers.attend(*x), qkv)
+        return value, back(slope)[0]
+
+    def lowered(flash: bool, dtype: Any) -> Any:
+        layers.FLASH = flash
+        like = (jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[1:], dtype))
+        return jax.jit(lambda *x: both(*x)).lower(*like)
+
+    programs = {"flash": (True, jnp.bfloat16), "plain": (False, jnp.bfloat16), "exact": (False, jnp.float32)}
+    with jax.default_matmul_precision("highest"):
+        made = {name: lowered(*options) for name, options in programs.items()}
+    yield None
+    start = time.perf_counter()
+    at("compiling")
+    run = {name: program.compile() for name, program in made.items()}
+    row: Row = {"compile_s": time.perf_counter() - start}
+    yield None
+    at("measuring")
+    draw = np.random.default_rng(0)
+    data = [jnp.asarray(draw.standard_normal(size), jnp.bfloat16) for size in (shape, shape[1:])]
+    right = run["exact"](*(x.astype(jnp.float32) for x in data))
+    for name in ("plain", "flash"):
+        held: dict[str, Any] = {}
+
+        def once(name: str = name, held: dict[str, Any] = held) -> None:
+            held["found"] = run[name](*data)
+
+        row |= {f"{name}_{key}": x for key, x in timed(once, lambda h=held: jax.block_until_ready(h), 20).items()}
+        pairs = zip(("value", "gradient"), held["found"], right, strict=True)
+        row |= {f"{name}_{what}_error": distance(found, exact) for what, found, exact in pairs}
+    yield row | {"ms": row["flash_ms"], "flash": layers._has_flash()}
+
+
+def distance(found: jax.Array, right: jax.Array) -> float:
+    return float(jnp.linalg.norm(found.astype(jnp.float32) - right) / jnp.linalg.norm(right))

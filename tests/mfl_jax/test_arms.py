@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -133,7 +134,7 @@ def test_cases_that_a_run_was_trained_on_are_refused_in_the_test_split_of_any_se
     options = {"resamples": 20, "batch": 16}
     with pytest.raises(LeakError, match=r"a: cases of pre-training .*c2, c3"):
         compare.evaluate([runs / "a"], TileSet.open(other), Task("label"), **options)
-    found = compare.evaluate([runs / "a"], TileSet.open(other), Task("label"), transductive=True, **options)
+    found, _ = compare.evaluate([runs / "a"], TileSet.open(other), Task("label"), transductive=True, **options)
     assert found["arms"][0]["title"] == "toy (transductive)"
 
 
@@ -160,7 +161,7 @@ def test_a_run_without_a_checkpoint_is_refused_before_others_are_embedded(runs, 
 def test_the_command_writes_a_record_a_report_and_a_table(runs, root, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["eval", *(str(runs / n) for n in ("a", "b", "noisy")), "--tileset", str(root), "--out", str(out)]
-    arguments += ["--task", "probe,knn", "--baselines", "random,colour", "--resamples", "30", "--batch", "32"]
+    arguments += ["--task", "probe,knn,saliency", "--baselines", "random,colour", "--resamples", "30", "--batch", "32"]
     assert cli.main(arguments) == 0
     results = json.loads((out / "results.json").read_text())
     report.validate(results)
@@ -170,12 +171,29 @@ def test_the_command_writes_a_record_a_report_and_a_table(runs, root, tmp_path, 
     auc = {arm["name"]: arm["metrics"]["label/auc"] for arm in results["arms"]}
     assert auc["colour"]["mean"] > 0.95
     assert results["answer"].startswith("Best by AUC (label/auc): ")
-    assert len(results["projections"]) == 4
+    planes = results["projections"]
+    assert [p["arm"] for p in planes if p["method"] == "PCA"] == [arm["name"] for arm in results["arms"]]
+    assert {c["name"]: c.get("names", [])[:2] for c in planes[0]["colours"]} == {
+        "label": ["no", "yes"],
+        "slide": ["s0", "s1"],
+    }
+    assert "on 42 test tiles" in results["saliency"]["what"]
+    assert "arms" not in results["saliency"]  # no partner says where to look
+    assert (out / "pictures" / "saliency.jpg").is_file()
     assert results["hashes"]["tile set"] == TileSet.open(root).hash
     assert "Colour statistics" in (out / "report.html").read_text()
     printed = capsys.readouterr().out
     assert "| Arm | AUC |" in printed
     assert f"{auc['colour']['mean']:.3f} \\[" in printed
+
+
+def test_a_projection_is_coloured_by_what_the_tile_set_knows_of_a_slide(root):
+    tileset = TileSet.open(root)
+    assert compare.colours(tileset, [Task("dark", "dark", 50.0)]) == ["dark", "label", "slide"]
+    known = SimpleNamespace(spec=SPEC, tiles=dict.fromkeys(("slide", "label", "label_scanner", "label_stain")))
+    assert compare.colours(known) == ["label", "slide", "label_stain", "label_scanner"]
+    codes = compare._colour("label", np.array([0, 1, -1]), ("no", "yes"))
+    assert codes == {"name": "label", "values": [0, 1, 2], "names": ["no", "yes", "unknown"]}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +205,7 @@ def test_the_command_writes_a_record_a_report_and_a_table(runs, root, tmp_path, 
         (["--target", "dark"], "not whole numbers; give a threshold"),
         (["--target", "dark", "--regression", "--task", "probe,knn"], "knn take classes"),
         (["--task", "decode", "--decoded", "ihc"], "partners to decode: ['ihc']"),
+        (["--task", "saliency", "--truth", "ihc"], "no truth can be had of 'ihc'; the tile set has no picture"),
         (["--baselines", "colours"], "no baseline colours; there are random, colour"),
         (["--feature", "hee"], "gives no features 'hee'; it gives he"),
         (["--tileset", "nowhere"], "nowhere"),

@@ -7,8 +7,11 @@ import h5py
 import pytest
 from PIL import Image
 
-from mfl_jax import cli
+from mfl_jax import bags, cli
+from mfl_jax.evaluators import mil
 from tests.mfl_jax.evaluators.mil import made
+
+SIZES = ["--folds", "2", "--inner", "2", "--seeds", "1", "--epochs", "15", "--tiles", "20", "--lr", "0.05"]
 
 
 @pytest.fixture
@@ -29,8 +32,7 @@ def command(folder, *more):
 
 
 def test_features_and_a_table_become_a_report(folder, compile_cache, capsys):
-    sizes = ["--folds", "2", "--inner", "2", "--seeds", "1", "--epochs", "15", "--tiles", "20", "--lr", "0.05"]
-    assert cli.main(command(folder, "--heads", "meanpool", "--maps", "1", "--quiet", *sizes)) == 0
+    assert cli.main(command(folder, "--heads", "meanpool", "--maps", "1", "--quiet", *SIZES)) == 0
     assert capsys.readouterr().out.startswith(("auc 0.9", "auc 1.000"))
     results = json.loads((folder / "out" / "results.json").read_text())
     assert results["cohort"] == {"Slides": 24, "Cases": 12, "Folds": 2, "Fits": 4}
@@ -39,6 +41,30 @@ def test_features_and_a_table_become_a_report(folder, compile_cache, capsys):
     assert (folder / "out" / "report.html").is_file()
     with Image.open(folder / "out" / "pictures" / "roc0.jpg") as picture:
         assert picture.size == (420, 420)
+
+
+def test_features_that_know_their_encoder_are_labelled_without_a_word(folder, compile_cache, capsys):
+    (folder / "features" / "encoder.json").write_text(json.dumps({"train_cases": ["c03", "elsewhere"]}))
+    assert cli.main(command(folder, "--heads", "meanpool", "--maps", "0", "--quiet", *SIZES)) == 0
+    assert "of 2 cases that the encoder was trained on, 1 are in the table: transductive" in capsys.readouterr().err
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert results["reliability"][0] == "Transductive: the encoder was trained on cases of this table (features)."
+
+
+def test_official_splits_may_name_slides_that_are_left_out(folder):
+    table = bags.read_table(folder / "slides.csv")
+    (folder / "bad.csv").write_text("slide_id,why\ns03,it is a duplicate\n")
+    lines = [f"{s},{'test' if c < 'c04' else 'train'}" for s, c in zip(table.slides, table.cases, strict=True)]
+    (folder / "splits.csv").write_text("slide_id,split\n" + "\n".join(lines) + "\n")
+    said = []
+    kept = bags.without(table, str(folder / "bad.csv"), said.append)
+    assert said == ["s03 is left out: it is a duplicate"]
+    assert kept.slides == tuple(s for s in table.slides if s != "s03")
+    assert kept.labels.tolist() == [y for s, y in zip(table.slides, table.labels, strict=True) if s != "s03"]
+    (fold,) = mil.read_splits(folder / "splits.csv", kept, inner=2, left_out=["s03"])
+    assert [kept.slides[i] for i in fold.test] == [f"s{i:02d}" for i in (0, 1, 2, 4, 5, 6, 7)]
+    with pytest.raises(ValueError, match="1 ids are not in the table: s03"):
+        mil.read_splits(folder / "splits.csv", kept, inner=2)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mfl_jax import evaluation, report
-from mfl_jax.evaluation import ArmRuns, Seed, assemble
-from mfl_jax.evaluators import LeakError, Task, probe
+from mfl_jax.evaluation import assemble
+from mfl_jax.evaluators import LeakError, Task, few_label, probe, retrieval
+from mfl_jax.findings import ArmRuns, Seed
 from tests.mfl_jax.evaluators.cohort import cohort
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -116,6 +117,34 @@ def test_every_kind_fills_its_section_and_what_is_left_out_is_said(made):
     assert all(0 < m["chance"] < 0.2 for m in effect["metrics"] if "chance" in m)
 
 
+def test_few_labels_have_a_table_and_a_paired_difference_to_an_arm_that_was_trained_on_as_few(made):
+    """The figure is the mean over draws and seeds, the difference that of the figures."""
+    truth, draw = made["columns"]["label"].astype(float), np.random.default_rng(5)
+    own = tuple(Seed(s, noise(s), {"label": truth + draw.normal(size=288)}) for s in range(2))
+    few = ArmRuns("few", "Few", "baseline", own, skip=("few_label",), share=evaluation.FEW)
+    full = replace(few, name="full", share=1.0)
+    given = [arms(made)[0], few, full]
+    options = {"kinds": ("few_label",), "few_pairs": [("good", "few"), ("good", "full")], **OPTIONS}
+    found = assemble(given, made["columns"], made["splits"], [TASK], **options)
+    report.validate(whole(found))
+    test = np.isin(made["columns"]["case"], made["splits"]["test"])
+    labels = made["columns"]["label"][test]
+    few_auc = [auc(labels, seed.predictions["label"][test]) for seed in own]
+    curves = [few_label.curve(s.features, made["columns"], made["splits"], TASK, resamples=0) for s in given[0].seeds]
+    points = [p for curve in curves for p in curve.points if (p.unit, p.fraction) == ("tiles", evaluation.FEW)]
+    good_auc = [[auc(labels, scores) for scores in point.scores] for point in points]
+    shown = {arm["name"]: arm for arm in found["arms"]}
+    assert shown["few"]["metrics"]["label/few/auc"]["mean"] == pytest.approx(np.mean(few_auc), abs=1e-9)
+    assert shown["good"]["metrics"]["label/few/auc"]["mean"] == pytest.approx(np.mean(good_auc), abs=1e-9)
+    each = [seed["metrics"]["label/few/auc"] for seed in shown["good"]["seeds"]]
+    assert each == pytest.approx(np.mean(good_auc, 1), abs=1e-9)
+    assert "label/few/auc" not in shown["full"]["metrics"]
+    (d,) = found["differences"]
+    assert (d["a"], d["b"], d["metric"]) == ("good", "few", "label/few/auc")
+    assert d["difference"] == pytest.approx(np.mean(good_auc) - np.mean(few_auc), abs=1e-9)
+    assert d["low"] < d["difference"] < d["high"]
+
+
 def test_a_regression_has_metrics_of_its_own(made):
     task = Task("positive", "positive", regression=True)
     found = assemble(arms(made), made["columns"], made["splits"], [task], **OPTIONS)
@@ -169,3 +198,30 @@ def test_few_test_cases_are_said(made):
 def test_arms_of_one_name_are_refused(made):
     with pytest.raises(ValueError, match="different names"):
         assemble(arms(made)[:1] * 2, made["columns"], made["splits"], [TASK], **OPTIONS)
+
+
+def test_retrieval_and_distances_are_those_of_their_evaluators(made):
+    given = arms(made)
+    n = len(made["columns"]["case"])
+    columns = made["columns"] | {"x": np.arange(n) % 12 * 100.0, "y": np.zeros(n), "mpp": np.ones(n)}
+    kinds, limits = ("retrieval", "distance_ratio"), (150.0, 400.0)
+    found = assemble(given, columns, made["splits"], [TASK], kinds=kinds, limits=limits, **OPTIONS)
+    report.validate(whole(found))
+    test = np.isin(columns["case"], made["splits"]["test"])
+    of_test = {name: values[test] for name, values in columns.items()}
+    for arm, row in zip(given, found["arms"], strict=True):
+        each = [retrieval.evaluate(s.features, columns, made["splits"], TASK, resamples=0) for s in arm.seeds]
+        expected = np.mean([r.each["map"].mean() for r in each])
+        assert row["metrics"]["label/retrieval/map"]["mean"] == pytest.approx(expected, abs=1e-12)
+        ratios = [
+            retrieval.distance_ratio(s.features[test], of_test, near_um=150, far_um=400, resamples=0)[0]
+            for s in arm.seeds
+        ]
+        expected = np.mean([r["addr_local"].value for r in ratios])
+        assert row["metrics"]["addr/local"]["mean"] == pytest.approx(expected, abs=1e-12)
+        assert row["seeds"][0]["metrics"]["addr/global"] == pytest.approx(ratios[0]["addr_global"].value)
+    (d,) = found["differences"]
+    means = [row["metrics"]["label/retrieval/map"]["mean"] for row in found["arms"]]
+    assert (d["metric"], d["difference"]) == ("label/retrieval/map", pytest.approx(means[0] - means[1]))
+    keys = {m["key"] for task in found["tasks"] for m in task["metrics"]}
+    assert {"label/retrieval/recall_1", "label/retrieval/positive_map", "addr/local"} <= keys

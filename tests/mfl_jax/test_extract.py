@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from mfl_jax import sharding
+from mfl_jax import sharding, store
 from mfl_jax.extract import extract
 from tests.mfl_jax.drawn_slides import DIM, Drawn, coords, encoder, expected, source
 
+TABLES = ("status.csv", "encoder.json")
 COUNTS = {"a": 37, "empty": 0, "b": 5, "c": 50, "one": 1}
 
 
@@ -51,8 +52,40 @@ def test_every_slide_has_the_features_of_its_tiles_in_their_order(tmp_path):
         np.testing.assert_allclose(found, expected(name, count), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(places, coords(count))
     assert states(tmp_path) == {name: "done" if count else "empty" for name, count in COUNTS.items()}
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(f"{n}.h5" for n in COUNTS), "status.csv"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*(f"{n}.h5" for n in COUNTS), *TABLES])
     assert Drawn.opened["now"] == 0
+
+
+@pytest.mark.parametrize(("layout", "name"), [("ours", None), ("clam", "dataset.csv"), ("stamp", "slides.csv")])
+def test_tables_list_every_slide_of_the_folder_whichever_call_it_is_of(tmp_path, layout, name):
+    run(tmp_path, source({"a": 3, "=b": 2}), layout=layout)
+    run(tmp_path, source({"c": 4, "a": 3}), layout=layout)
+    assert {k.removeprefix("'"): v for k, v in states(tmp_path).items()} == dict.fromkeys(("a", "=b", "c"), "done")
+    if name:
+        with open(tmp_path / name, newline="") as file:
+            rows = list(csv.DictReader(file))
+        found = {row.get("slide_id", row.get("FILENAME", "")).removesuffix(".h5").removeprefix("'") for row in rows}
+        assert found == {"a", "=b", "c"}
+        assert len(rows) == 3
+        assert {row["label"] for row in rows if "label" in row} <= {"yes"}
+    next(tmp_path.rglob("c.h5")).unlink()
+    run(tmp_path, source({"a": 3}), layout=layout)
+    assert "c" not in states(tmp_path)
+
+
+def test_a_folder_knows_the_cases_that_its_encoder_was_trained_on(tmp_path):
+    made = encoder()
+    knowing = type(made)(**{**vars(made), "cases": ("case 2", "case 1")})
+    run(tmp_path / "known", source({"a": 3}), knowing, layout="clam")
+    assert store.trained_cases(tmp_path / "known" / "h5_files") == ("case 1", "case 2")
+    run(tmp_path / "unknown", source({"a": 3}))
+    assert store.trained_cases(tmp_path / "unknown") is None
+    os.replace(tmp_path / "known" / "encoder.json", tmp_path / "unknown" / "encoder.json")
+    assert store.trained_cases(tmp_path / "unknown") == ("case 1", "case 2")
+    run(tmp_path / "other", source({"a": 3}), encoder(digest="b" * 64))
+    os.replace(tmp_path / "unknown" / "encoder.json", tmp_path / "other" / "encoder.json")
+    with pytest.raises(ValueError, match=r"encoder[.]json is of another encoder than"):
+        store.trained_cases(tmp_path / "other")
 
 
 def test_half_precision_is_the_rounding_of_the_features(tmp_path):

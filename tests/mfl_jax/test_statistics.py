@@ -260,3 +260,16 @@ def test_intervals_over_cases_cover_the_truth_and_intervals_over_tiles_do_not():
         naive += found.low <= truth <= found.high
     assert all(0.90 <= count / repeats <= 0.985 for count in covered.values()), covered
     assert naive / repeats < 0.75
+
+
+def test_the_auc_of_resampled_cases_is_that_of_their_weighted_examples():
+    """To the bit, with ties, and with resamples that lack a class."""
+    rng = np.random.default_rng(3)
+    labels = np.concatenate([rng.integers(0, 2, 90), np.ones(30, int)])
+    scores = np.stack([np.round(labels * 0.3 + rng.random(120), digits) for digits in (1, 6)])
+    code = np.repeat(np.arange(4), 30)
+    draws = np.concatenate([st.draw_cases(4, 200, 0), np.eye(4)])
+    expected = np.mean([st.auc(labels, one, draws[:, code]) for one in scores], axis=0)
+    found = st.resampled(st.auc, labels, scores, code, draws)
+    assert np.isnan(found[-1])
+    np.testing.assert_array_equal(found, expected)

@@ -163,8 +163,8 @@ def reliability(study: Study, notes: Sequence[str]) -> list[str]:
         found.append(
             "Predictions of all folds are pooled. Of so few slides, those without any signal come out below 0.5."
         )
-    if study.arms[0].result.mode == "transductive":
-        found.insert(0, "Transductive: the encoder was trained on cases of this table.")
+    if seen := {arm.features for arm in study.arms if arm.result.mode == "transductive"}:
+        found.insert(0, f"Transductive: the encoder was trained on cases of this table ({', '.join(sorted(seen))}).")
     return found
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,22 +51,28 @@ def deal(
     return tuple((rows[place[of_row] != k], rows[place[of_row] == k]) for k in range(folds))
 
 
-def read_splits(path: str | Path, table: Table, *, inner: int = 5, seed: int = 0) -> tuple[Fold, ...]:
+def read_splits(
+    path: str | Path, table: Table, *, inner: int = 5, seed: int = 0, left_out: Sequence[str] = ()
+) -> tuple[Fold, ...]:
     """A folder of CLAM's splits_<i>.csv, one such file, or a CSV of slide_id or case_id, split and, for several, fold.
 
     Where a fold has no val, its train cases are dealt to `inner` folds, as `nested` deals those of the same place: the
-    folds.csv of a study gives its folds again. LeakError where a case is on two sides.
+    folds.csv of a study gives its folds again. Slides that were `left_out` of the table may be named and are in no
+    fold. LeakError where a case is on two sides.
     """
     path = Path(path)
+    dealt: dict[str, Any] = {"inner": inner, "seed": seed, "left_out": left_out}
     if path.is_dir():
         files = sorted((p for p in path.iterdir() if re.fullmatch(r"splits_\d+\.csv", p.name)), key=_number)
         if not files:
             raise BagError(f"{path} has no splits_0.csv, splits_1.csv, ...")
-        return tuple(fold for file in files for fold in read_splits(file, table, inner=inner, seed=seed))
+        return tuple(fold for file in files for fold in read_splits(file, table, **dealt))
     rows = _csv(path)
     header = [name.strip() for name in rows[0]]
     columns = _of_clam(path, header, rows[1:]) if {"train", "test"} <= set(header) else _of_rows(path, header, rows[1:])
-    return tuple(_fold(path, n, part, table, inner, seed + 1 + k) for k, (n, part) in enumerate(columns.items()))
+    return tuple(
+        _fold(path, n, part, table, inner, seed + 1 + k, left_out) for k, (n, part) in enumerate(columns.items())
+    )
 
 
 def _number(path: Path) -> int:
@@ -108,9 +115,17 @@ def _of_rows(path: Path, header: list[str], rows: list[list[str]]) -> dict[str, 
     return found
 
 
-def _fold(path: Path, name: str, parts: dict[str, list[str]], table: Table, inner: int, seed: int) -> Fold:
+def _fold(
+    path: Path,
+    name: str,
+    parts: dict[str, list[str]],
+    table: Table,
+    inner: int,
+    seed: int,
+    left_out: Sequence[str],
+) -> Fold:
     slides, cases = np.asarray(table.slides), np.asarray(table.cases)
-    known = set(table.slides) | set(table.cases)
+    known = {*table.slides, *table.cases, *left_out}
     if strange := sorted({s for part in parts.values() for s in part} - known):
         raise BagError(f"{path}: {len(strange)} ids are not in the table: {', '.join(strange[:5])}")
     rows = {p: np.flatnonzero(np.isin(slides, ids) | np.isin(cases, ids)) for p, ids in parts.items()}

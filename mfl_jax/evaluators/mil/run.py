@@ -1,6 +1,7 @@
 """From bags and a table to out-of-fold predictions of every head on every set of features, and what they are worth."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def study(
     seeds: int = 3,
     lrs: Sequence[float] = (1e-3,),
     decays: Sequence[float] = (0.0,),
-    pretrained: Sequence[str] = (),
+    pretrained: Sequence[str] | Mapping[str, Sequence[str]] = (),
     resamples: int = 2000,
     seed: int = 0,
     say: Say | None = None,
@@ -75,7 +76,8 @@ def study(
     """Every head of `heads` on every set of `bags` {name: bags}, in the same folds (default: nested, five of five).
 
     Of the settings lrs x decays, each fold takes those of the least loss on its inner folds' val; its test slides are
-    predicted by all those fits together. `pretrained` are the cases that the encoder has seen, which marks the result.
+    predicted by all those fits together. `pretrained` are the cases that the encoder has seen, or those of each set of
+    features by its name, which marks the result.
     """
     settings = settings or Settings()
     _check(bags, heads, seeds, lrs, decays, table.survival)
@@ -84,9 +86,10 @@ def study(
     target = target_of(table)
     planned = plan(chosen, seeds, lrs, decays, seed)
     options = {"resamples": resamples, "seed": seed}
-    mode = "transductive" if set(pretrained) & set(table.cases) else "inductive"
+    seen_by = pretrained if isinstance(pretrained, Mapping) else dict.fromkeys(bags, pretrained)
     arms = []
     for name, given in bags.items():
+        mode = "transductive" if set(seen_by.get(name, ())) & set(table.cases) else "inductive"
         ours = with_cases(given, table)
         packed = pack(ours.features, ours.offsets)
         for head in heads:
@@ -250,3 +253,12 @@ def spread(arm: Arm, metric: str) -> tuple[float, float, float]:
     """Least, mean and greatest over folds; nan where no fold has a value."""
     values = [f[metric] for f in arm.folds.values() if metric in f]
     return (min(values), float(np.mean(values)), max(values)) if values else (math.nan,) * 3
+
+
+def top_mean(scores: np.ndarray, offsets: np.ndarray, top: int) -> np.ndarray:
+    """[S] the mean of each bag's `top` greatest tile scores, what a tile classifier says of a slide; of all of them
+    where there are fewer, and the least score there is for a bag without tiles."""
+    if top < 1:
+        raise ValueError(f"top is {top}; it is 1 or more")
+    bags = [np.sort(scores[a:b])[::-1][:top] for a, b in itertools.pairwise(offsets)]
+    return np.array([bag.mean() if len(bag) else scores.min() for bag in bags])

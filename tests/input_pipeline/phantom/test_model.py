@@ -1,5 +1,7 @@
 """What is drawn, before any pixel: regions, cells, labels, counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -109,6 +111,13 @@ def test_labels_are_balanced_over_cases_and_crossed():
     per_case = [sum(j.case_id == c for j in jobs) for c in cases]
     assert set(per_case) == {1, 2, 3}
     assert len({j.subtype for j in jobs if j.case_id == "case0000"}) == 1
+
+
+def test_cases_past_those_that_are_paired_are_the_same_without_partners():
+    common = {"size": 512, "mpp": 0.5, "tissue": "mixed", "partners": ("if",), "he_format": "svs"}
+    every, some = plan(6, 1, **common), plan(6, 1, paired=2, **common)
+    assert [j.partners for j in some] == [("if",) if j.case < 2 else () for j in some]
+    assert [replace(j, partners=()) for j in some] == [replace(j, partners=()) for j in every]
 
 
 def test_the_same_key_gives_the_same_slide_and_another_another():

@@ -147,11 +147,11 @@ def test_seeds_differ(toy):
     assert (a == b).mean() < 0.2
 
 
-@pytest.mark.parametrize("by", ["case", "slide"])
+@pytest.mark.parametrize("by", ["case", "slide", "label"])
 def test_balance_visits_each_group_once_a_round(toy, by):
     tileset = toy.tileset()
-    groups = {"case": 4, "slide": 5}[by]
-    batches = take(tileset, 40, batch=groups, balance=by)
+    groups = {"case": 4, "slide": 5, "label": 3}[by]
+    batches = take(tileset, 130 if by == "label" else 40, batch=groups, balance=by)
     first = batches[0][by]
     for batch in batches:
         assert_true(batch, toy)
@@ -160,7 +160,8 @@ def test_balance_visits_each_group_once_a_round(toy, by):
     ids, codes = (np.concatenate([b[k] for b in batches]) for k in ("id", by))
     for group in set(first.tolist()):
         seen = ids[codes == group]
-        members = np.flatnonzero(getattr(toy, by) == group)
+        members = tileset.ids("train")
+        members = members[getattr(toy, by)[members] == group]
         np.testing.assert_array_equal(np.sort(seen[: len(members)]), members)
 
 
@@ -296,7 +297,8 @@ def test_what_does_not_change_ids_may_change(toy):
         ({"columns": "depth"}, "a list of columns"),
         ({"partners": ("iff",)}, "did you mean if"),
         ({"require": ("if",), "partners": ()}, "required and not among"),
-        ({"balance": "patient"}, r"balance is one of \[None, 'case', 'slide'\]"),
+        ({"balance": "patient"}, r"balance is one of \[None, 'case', 'slide', .*'label'"),
+        ({"balance": "depth"}, "a column of classes, which are whole numbers"),
         ({"balance": "case", "blocks": (2, 2)}, "two different orders"),
         ({"on_bad": "ignore"}, "on_bad is one of"),
         ({"executor": "grain"}, "executor is"),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfl_jax.evaluators.embed import colour_statistics, embed_pass
+from input_pipeline.tileset import Record, Spec, TileSet, finish, write_slide
+from mfl_jax.evaluators.embed import colour_statistics, embed_pass, embed_set, held_tiles
 from mfl_jax.sharding import make_mesh
 
 
@@ -86,3 +87,24 @@ def test_eight_devices_give_the_same():
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, timeout=300)
     assert "right on eight" in done.stdout, done.stderr
+
+
+def test_tiles_that_are_held_are_read_once_and_give_the_same(tmp_path):
+    spec, rng = Spec("held", 8, 0.5, he_encoding="png"), np.random.default_rng(0)
+    for i in range(3):
+        images = rng.integers(0, 256, (7, 8, 8, 3), np.uint8)
+        write_slide(
+            tmp_path, spec, f"s{i}", f"c{i}", [Record(he, {}, 0, 0, 0.5, columns={}, score={}) for he in images], {}
+        )
+    finish(tmp_path, spec, splits={"train": ["c0"], "test": ["c1", "c2"]})
+    tiles, mesh = TileSet.open(tmp_path), make_mesh()
+    held = held_tiles(tiles, mesh, batch=4, split="test")
+    assert len(held) == 4
+    given = {"batch": 4, "split": "test"}
+    read = embed_set(colour_statistics, {}, {}, tiles, mesh, **given)
+    for shard in tmp_path.glob("*.tfrecord"):
+        shard.unlink()
+    again = embed_set(colour_statistics, {}, {}, tiles, mesh, **given, held=held)
+    np.testing.assert_array_equal(again.features["he"], read.features["he"])
+    np.testing.assert_array_equal(again.columns["case"], read.columns["case"])
+    assert held_tiles(tiles, mesh, batch=4, split="test", most=100) is None

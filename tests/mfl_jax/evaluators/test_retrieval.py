@@ -201,6 +201,32 @@ def test_the_distance_ratio_is_that_of_all_pairs():
     assert notes == ()
 
 
+def test_several_seeds_are_the_mean_of_their_figures():
+    features, columns = positions()
+    other = features + np.random.default_rng(5).normal(size=features.shape)
+    options = {"near_um": 300, "far_um": 900}
+    alone = [retrieval.distance_ratio(x, columns, **options, resamples=0)[0] for x in (features, other)]
+    both, _ = retrieval.distance_ratio([features, other], columns, **options, resamples=60)
+    for name in ("addr_global", "addr_local"):
+        assert both[name].value == pytest.approx(np.mean([one[name].value for one in alone]), rel=1e-9)
+        assert both[name].low < both[name].value < both[name].high
+    c = cohort(seed=3, cases=12, per_case=14)
+    noisy = c["features"] + np.random.default_rng(1).normal(size=c["features"].shape)
+    found = [
+        retrieval.evaluate(x, c["columns"], c["splits"], Task("t", "label"), resamples=0)
+        for x in (c["features"], noisy)
+    ]
+    merged = retrieval.over_seeds(found, resamples=60)
+    for name in ("map", "recall_5", "positive_map", "positive_recall_1"):
+        assert merged[name].value == pytest.approx(np.mean([one.metrics[name].value for one in found]), rel=1e-9)
+    rows = retrieval.as_result(found[0], "map")
+    assert rows.scores.mean() == pytest.approx(found[0].metrics["map"].value)
+    c["splits"]["test"], c["splits"]["train"] = c["splits"]["train"], c["splits"]["test"]
+    swapped = retrieval.evaluate(noisy, c["columns"], c["splits"], Task("t", "label"), resamples=0)
+    with pytest.raises(ValueError, match="seeds were asked different queries"):
+        retrieval.over_seeds([found[0], swapped])
+
+
 def test_what_the_distance_ratio_cannot_use_is_said():
     features, columns = positions()
     columns["x"][:40] //= 20

@@ -38,6 +38,7 @@ MORE = [
     "siamese:triplet",
     "dino:resnet",
     "dino:sinkhorn,registers",
+    "dino_regions",
     "mfl:all",
     "mfl:vicreg",
     "mfl:barlow,counts",
@@ -195,9 +196,12 @@ def test_signs_of_collapse_are_among_the_metrics(case):
 DEVICES = """
 import sys
 import jax, numpy as np
+from flax import linen
 from mfl_jax import sharding, train
 from tests.mfl_jax import synthetic
 jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+linen.relu = jax.nn.gelu
+shift = 1.0 if "simsiam" in sys.argv[2] else 0.0
 def curve(count, **more):
     config = synthetic.tiny(*sys.argv[1:3], total__steps=20, **more)
     config.optim.name, config.optim.lr = "sgd", 1e-2
@@ -218,7 +222,7 @@ def curve(count, **more):
         assert not values["skipped"]
         losses.append(float(values["loss"]))
     assert len(set(losses)) == 20
-    return losses
+    return np.array(losses) + shift
 for other in (dict(item.split("=") for item in text.split(",") if item) for text in sys.argv[4:]):
     np.testing.assert_allclose(curve(8, **{k: int(v) for k, v in other.items()}), curve(1), rtol=1e-5)
     print("as on one device:", other)
@@ -226,7 +230,13 @@ for other in (dict(item.split("=") for item in text.split(",") if item) for text
 
 
 def on_devices(case: str, cache: Path, *others: str) -> str:
-    """20 losses on 8 devices against those on one, by SGD: Adam makes steps of pure rounding (see above)."""
+    """20 losses on 8 devices against those on one, by SGD: Adam makes steps of pure rounding (see above).
+
+    Networks are smooth here. Where an activation lies within rounding of the kink of a ReLU, it passes on one device
+    and not on eight: the gradient, which has a jump there, then differs by all that goes through it. SimSiam met one at
+    step 7 and a bias went 5e-5 apart; with a smooth function every parameter stays within 2e-7. SimSiam's loss is
+    minus a cosine, whose terms are not small where it is near 0; compared is 1 - cosine, the half of BYOL's distance.
+    """
     name, _, words = case.partition(":")
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", DEVICES, name, words, str(cache), *others]

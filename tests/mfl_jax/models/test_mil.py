@@ -15,6 +15,7 @@ SPECS = [
     "deepmil,hidden=9,attention=5,widths=7-4",
     "clam,hidden=9,attention=5,tiles=3",
     "transformer,width=8,heads=2",
+    "hipt,width=6,heads=3",
     "instance,hidden=7",
     "instance,hidden=7,topk=3",
 ]
@@ -84,11 +85,12 @@ def clam(p, x):
     return lin(p["out"], a @ h), a
 
 
-def transformer(p, x):
-    def norm(q, t):
-        t = t - t.mean(-1, keepdims=True)
-        return t / np.sqrt((t**2).mean(-1, keepdims=True) + 1e-5) * q["scale"] + q["bias"]
+def norm(q, t):
+    t = t - t.mean(-1, keepdims=True)
+    return t / np.sqrt((t**2).mean(-1, keepdims=True) + 1e-5) * q["scale"] + q["bias"]
 
+
+def transformer(p, x):
     t = np.concatenate([p["cls"][None], relu(lin(p["embed"], x))])
     for block in p["blocks"]:
         q, k, v = np.split(lin(block["qkv"], norm(block["norm"], t)), 3, 1)
@@ -101,13 +103,27 @@ def transformer(p, x):
     return lin(p["out"], norm(p["norm"], t[0])), np.mean(seen, 0)
 
 
+def hipt(p, x):
+    t = relu(lin(p["embed"], x))
+    for block in p["blocks"]:
+        q, k, v = np.split(lin(block["qkv"], t), 3, 1)
+        mixed = np.zeros_like(t)
+        for head in (slice(0, 2), slice(2, 4), slice(4, 6)):
+            w = np.stack([softmax(row) for row in q[:, head] @ k[:, head].T / np.sqrt(2)])
+            mixed[:, head] = w @ v[:, head]
+        t = norm(block["norms"][0], t + lin(block["proj"], mixed))
+        t = norm(block["norms"][1], t + stack(block["mlp"], t, relu))
+    a = softmax(gated(p["gate"], t))
+    return lin(p["out"], relu(lin(p["bag"], a @ t))), a
+
+
 def instance(p, x, topk=0):
     tiles = stack(p["tile"], x, relu)
     logits = np.sort(tiles, 0)[::-1][: topk or len(x)].mean(0)
     return logits, tiles[:, logits.argmax()]
 
 
-ORACLES = [meanpool, maxpool, chowder, deepmil, clam, transformer, instance, lambda p, x: instance(p, x, 3)]
+ORACLES = [meanpool, maxpool, chowder, deepmil, clam, transformer, hipt, instance, lambda p, x: instance(p, x, 3)]
 
 
 def made(spec, out, tiles, seed=0):

@@ -155,6 +155,14 @@ def test_survival(tmp_path):
     assert document.write(tmp_path, study, {"x": given}, drawn=2).is_file()
 
 
+def test_a_slide_of_a_tile_classifier_is_the_mean_of_its_greatest_scores():
+    scores, offsets = np.array([3.0, 1.0, 2.0, 5.0, -4.0]), np.array([0, 3, 3, 4, 5])
+    np.testing.assert_allclose(mil.top_mean(scores, offsets, 2), [2.5, -4.0, 5.0, -4.0])
+    np.testing.assert_allclose(mil.top_mean(scores, offsets, 1), [3.0, -4.0, 5.0, -4.0])
+    with pytest.raises(ValueError, match="top is 0; it is 1 or more"):
+        mil.top_mean(scores, offsets, 0)
+
+
 def test_the_curve_has_the_area_that_statistics_give():
     draw = np.random.default_rng(0)
     labels, scores = draw.integers(0, 2, 80), draw.integers(0, 20, 80) / 20

@@ -1,0 +1,383 @@
+"""What the scripts of evidence in colab/ share: one cohort that the phantom draws, runs of many arms, their features.
+
+Every stage is a command of `mfl`, or goes on where it stopped as they do. Cases are of two kinds: those that encoders
+are trained on, which have partners, and the others, on which everything is measured.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+
+import mfl_jax
+from input_pipeline.files import whole
+from input_pipeline.pool import available_cores
+from input_pipeline.tileset import TileSet
+from mfl_jax import arms as runs_on_disk
+from mfl_jax import compare, evaluation, report, sharding
+from mfl_jax import config as configs
+from mfl_jax.bags import Bags, Table, from_embedded, of_cases, read_table, with_cases
+from mfl_jax.demo.arms import Arm, Size, spec, train_all
+from mfl_jax.evaluators import Embedded, Task, mil
+from mfl_jax.findings import ArmRuns, Seed
+from mfl_jax.report import tables
+from mfl_jax.sweep import TRAIN
+
+START = perf_counter()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the evidence is."""
+
+    size: Size
+    paired: int  # cases that encoders are trained on
+    seeds: int
+    folds: int  # outer folds of slide-level heads
+    inner: int
+    settings: mil.Settings
+    resamples: int = 2000
+
+
+SCALES = {
+    "tiny": Scale(
+        Size("tiny", 64, 640, 12),
+        paired=4, seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
+    ),
+    "small": Scale(
+        Size("phantom", 64, 1024, 40, "total.steps=250"),
+        paired=16, seeds=3, folds=4, inner=2, settings=mil.Settings(epochs=30, patience=6),
+    ),
+    "full": Scale(
+        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
+        paired=40, seeds=3, folds=5, inner=3, settings=mil.Settings(),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a script writes; the cohort and the runs lie beside, for the other scripts of the same size."""
+
+    out: Path
+    scale: Scale
+    name: str
+    seed: int
+
+    @property
+    def shared(self) -> Path:
+        return self.out.parent / f"phantom-{self.name}"
+
+
+def options(doc: str, out: str) -> Work:
+    """Of the command line; arguments that a notebook's kernel was started with are not ours."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--size", choices=tuple(SCALES), default="small")
+    parser.add_argument("--seed", type=int, default=0, help="of the slides that are drawn")
+    given, _ = parser.parse_known_args()
+    return Work(given.out, SCALES[given.size], given.size, given.seed)
+
+
+def tell(text: str) -> None:
+    print(f"[{perf_counter() - START:6.1f} s] {text}", flush=True)
+
+
+def command(*arguments: Any) -> None:
+    """`mfl ...`, in a process of its own. SystemExit where it fails: its words are on the screen."""
+    words = [str(word) for word in arguments]
+    tell("mfl " + " ".join(words))
+    if code := subprocess.run([sys.executable, "-c", TRAIN, *words]).returncode:
+        raise SystemExit(f"mfl {words[0]} ended with status {code}")
+
+
+def cohort(work: Work) -> TileSet:
+    """Slides, tiles, and a tile set with the splits train (paired cases) and test (the others)."""
+    at, size, paired = work.shared, work.scale.size, work.scale.paired
+    drawn = ("--cases", size.cases, "--size", size.slide, "--seed", work.seed, "--partners", "if", "--paired", paired)
+    command("phantom", "--out", at / "slides", *drawn, "--quiet")
+    command("tile", at / "slides" / "slides.csv", "--out", at / "tiled", "--size", size.tile, "--quiet")
+    with open(at / "slides" / "cases.csv", newline="", encoding="utf-8") as file:
+        cases = [row["case_id"] for row in csv.DictReader(file)]
+    with whole(at / "splits.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerows([("case_id", "split"), *((c, "train" if i < paired else "test") for i, c in enumerate(cases))])
+    command("pack", at / "tiled", "--out", at / "set", "--splits", at / "splits.csv", "--quiet")
+    return TileSet.open(at / "set")
+
+
+def train(work: Work, arms: Sequence[Arm]) -> dict[str, list[Path]]:
+    """Every arm with every seed, side by side: on an accelerator as many as there are cores, for each is small."""
+    tell(f"Training {len(arms)} arms, {work.scale.seeds} seeds each, side by side; what is trained already is kept:")
+    for arm in arms:
+        tell(f"  {arm.title} learns from {arm.what}.")
+    chosen: dict[str, Any] = {"seeds": work.scale.seeds, "more": "", "side_by_side": available_cores()}
+    return train_all(work.shared, work.scale.size, work.shared / "set", arms=arms, tell=tell, **chosen)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Features of the test cases."""
+
+    arms: tuple[ArmRuns, ...]
+    columns: Mapping[str, np.ndarray]
+    digests: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    def embedded(self, seed: Seed) -> Embedded:
+        return Embedded({"he": seed.features}, np.arange(len(seed.features)), dict(self.columns))
+
+
+def features(
+    work: Work, tileset: TileSet, runs: Mapping[str, Sequence[Path]], arms: Sequence[Arm], **options: Any
+) -> Found:
+    """Of the test cases, by every run and by what has learnt nothing: a random encoder, and colour statistics."""
+    mesh, words = sharding.make_mesh(), {arm.name: arm for arm in arms}
+    asked = runs_on_disk.look([path for paths in runs.values() for path in paths], tileset)
+    given: dict[str, Any] = {"split": "test", "say": tell} | options
+    made = runs_on_disk.collect(asked, tileset, mesh, **given)
+    told = []
+    for arm in made.arms:
+        known = words.get(arm.name)
+        told.append(replace(arm, title=known.title, kind=known.kind, what=known.what) if known else arm)
+    return Found(tuple(told), made.columns, made.digests, made.notes)
+
+
+def named(arm: ArmRuns, name: str, title: str) -> ArmRuns:
+    return replace(arm, name=name, title=title)
+
+
+def without(found: Found, *names: str) -> Found:
+    return replace(found, arms=tuple(arm for arm in found.arms if arm.name not in names))
+
+
+# --- slides from bags of tiles
+
+
+def slide_table(work: Work, tileset: TileSet, label: str) -> Table:
+    return of_cases(read_table(work.shared / "slides" / "slides.csv", label), tileset.splits["test"])
+
+
+def slide_arms(
+    work: Work, found: Found, table: Table, task: str, heads: Sequence[str], say: Callable[[str], None] = tell
+) -> list[ArmRuns]:
+    """One arm a head on the features of an encoder, its seeds those of the encoder: slides, predicted out of fold."""
+    scale, every = work.scale, []
+    folds = mil.nested(table, outer=scale.folds, inner=scale.inner, seed=work.seed)
+    for arm in found.arms:
+        scores: dict[str, list[np.ndarray]] = {head: [] for head in heads}
+        for seed in arm.seeds:
+            kept = work.out / "predictions" / task / f"{arm.name}-{seed.seed}.npz"
+            if not (stored := _stored(kept, found, table, heads)):
+                say(f"{task}: {', '.join(heads)} on {arm.title}, seed {seed.seed}")
+                bags = _bags(found, seed, table)
+                chosen: dict[str, Any] = {"folds": folds, "settings": scale.settings, "seeds": 1, "resamples": 0}
+                study = mil.study({arm.name: bags}, table, heads, pretrained=seed.pretrained, **chosen)
+                stored = {one.head: one.result.scores for one in study.arms}
+                with whole(kept) as part, open(part, "wb") as file:
+                    kept_arrays: dict[str, Any] = {"key": _key(found, table), **stored}
+                    np.savez(file, **kept_arrays)
+            for head in heads:
+                scores[head].append(stored[head])
+        for head in heads:
+            runs = tuple(_seed(s, task, x) for s, x in zip(arm.seeds, scores[head], strict=True))
+            every.append(replace(arm, name=f"{arm.name}/{head}", title=f"{arm.title}, {head}", seeds=runs))
+    return every
+
+
+def _bags(found: Found, seed: Seed, table: Table) -> Bags:
+    listed = dict(zip(table.slides, table.cases, strict=True))
+    return with_cases(from_embedded(found.embedded(seed), slides=listed), table)
+
+
+def _key(found: Found, table: Table) -> str:
+    return json.dumps([sorted(found.digests.values()), list(table.slides), table.labels.tolist()])
+
+
+def _stored(path: Path, found: Found, table: Table, heads: Sequence[str]) -> dict[str, np.ndarray]:
+    """Predictions of an earlier run on the same encoders and slides; nothing where there are none."""
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        if str(file["key"]) != _key(found, table) or not set(heads) <= set(file.files):
+            return {}
+        return {head: file[head] for head in heads}
+
+
+def ceiling(found: Found, arm: str, tile_task: str, table: Table, task: str, top: int) -> ArmRuns:
+    """A tile classifier as an arm of slides: the mean of its `top` greatest tile scores."""
+    of = next(a for a in found.arms if a.name == arm)
+    runs = []
+    for seed in of.seeds:
+        logits = np.asarray(seed.predictions[tile_task], np.float64)
+        bags = _bags(found, replace(seed, features=(logits[:, 1] - logits[:, 0])[:, None]), table)
+        runs.append(_seed(seed, task, mil.top_mean(bags.features[:, 0], bags.offsets, top)))
+    name = f"{arm}/top{top}"
+    return replace(of, name=name, title=f"{of.title}, mean of the {top} greatest", kind="ceiling", seeds=tuple(runs))
+
+
+def _seed(seed: Seed, task: str, scores: np.ndarray) -> Seed:
+    return replace(seed, features=np.zeros((len(scores), 1)), predictions={task: scores})
+
+
+def judge_slides(
+    work: Work, tileset: TileSet, table: Table, task: str, arms: Sequence[ArmRuns], pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Arms, intervals over cases and paired differences of slide-level predictions, as `evaluation.assemble` has them.
+
+    A row is a slide; one more stands for the cases of pre-training, so that it can be checked that none is tested.
+    """
+    train = tileset.splits["train"]
+    columns = {"case": np.array([*table.cases, train[0]]), task: np.append(table.labels, 0)}
+    given = [replace(arm, seeds=tuple(_longer(s, task) for s in arm.seeds)) for arm in arms]
+    splits = {"train": list(train), "test": list(tileset.splits["test"])}
+    drawn: dict[str, Any] = {"pairs": pairs, "resamples": work.scale.resamples}
+    return evaluation.assemble(given, columns, splits, [Task(task, task)], **drawn)
+
+
+def _longer(seed: Seed, task: str) -> Seed:
+    scores = np.append(seed.predictions[task], 0.5)
+    return replace(seed, features=np.zeros((len(scores), 1)), predictions={task: scores})
+
+
+# --- tiles among tiles
+
+
+def judge_tiles(
+    work: Work,
+    tileset: TileSet,
+    found: Found,
+    arms: Sequence[ArmRuns],
+    tasks: Sequence[Task],
+    pairs: Sequence[tuple[str, str]],
+    limits: tuple[float, float],
+) -> dict[str, Any]:
+    """Retrieval in other cases, and distances along a slide, of every arm."""
+    splits = {name: list(tileset.splits[name]) for name in ("train", "test")}
+    drawn: dict[str, Any] = {"pairs": pairs, "limits": limits, "resamples": work.scale.resamples, "say": tell}
+    kinds = ("retrieval", "distance_ratio")
+    return evaluation.assemble(arms, found.columns, splits, tasks, kinds=kinds, **drawn)
+
+
+# --- claims, in words
+
+
+def ahead(judged: Mapping[str, Any], key: str, ours: Sequence[str], others: Sequence[str]) -> str:
+    """Of each of ours, the figure and the differences to the others."""
+    of = {arm["name"]: arm for arm in judged["arms"]}
+    apart = {(d["a"], d["b"]): d for d in judged["differences"] if d["metric"] == key}
+    told = []
+    for name in ours:
+        rows = [apart[name, other] for other in others if (name, other) in apart]
+        each = "; ".join(f"{of[row['b']]['title']} {signed(row)}" for row in rows)
+        above = sum(row["difference"] > 0 and row["p_holm"] < 0.05 for row in rows)
+        mean = tables.figure(of[name]["metrics"][key]["mean"])
+        told.append(f"{of[name]['title']} {mean}, clearly above {above} of {len(rows)} ({each})")
+    return f"{key}: {'. '.join(told)}."
+
+
+def ranked(judged: Mapping[str, Any], key: str, title: str) -> str:
+    arms = sorted(judged["arms"], key=lambda arm: -(arm["metrics"][key]["mean"] or 0.0))
+    each = (f"{arm['title']} {tables.figure(arm['metrics'][key]['mean'])}" for arm in arms)
+    return f"{title}: {', '.join(each)}."
+
+
+def lifted(judged: Mapping[str, Any], task: str, heads: Sequence[str], encoders: Sequence[str], base: str) -> str:
+    """Does every head gain by features learnt in the domain? Of each encoder, its differences to `base`."""
+    apart = {(d["a"], d["b"]): d for d in judged["differences"]}
+    titles = {arm["name"]: arm["title"] for arm in judged["arms"]}
+    told = []
+    for encoder in encoders:
+        rows = [apart[f"{encoder}/{head}", f"{base}/{head}"] for head in heads]
+        above = sum(row["difference"] > 0 and row["p_holm"] < 0.05 for row in rows)
+        below = sum(row["difference"] < 0 and row["p_holm"] < 0.05 for row in rows)
+        each = "; ".join(f"{head} {signed(row)}" for head, row in zip(heads, rows, strict=True))
+        verdict = "lifts every head" if above == len(rows) else f"lifts {above} of {len(rows)} heads clearly"
+        verdict += f" and lowers {below}" if below else ""
+        told.append(f"{titles[f'{encoder}/{heads[0]}'].split(',')[0]} {verdict} above {base} ({each})")
+    return f"{task.capitalize()}: {'. '.join(told)}."
+
+
+def near_ceiling(
+    judged: Mapping[str, Any], task: str, heads: Sequence[str], encoders: Sequence[str], top: str, within: float
+) -> str:
+    """Is the best head on such features within so much of the ceiling? The best is chosen on these very cases."""
+    key = f"{task}/auc"
+    of = {arm["name"]: arm for arm in judged["arms"]}
+    names = [f"{encoder}/{head}" for encoder in encoders for head in heads]
+    best = max(names, key=lambda name: of[name]["metrics"][key]["mean"] or 0.0)
+    row = next(d for d in judged["differences"] if (d["a"], d["b"]) == (best, top))
+    low, high, middle = row["low"], row["high"], row["difference"]
+    if low is None:
+        verdict = "there are too few cases to say more"
+    elif low > -within:
+        verdict = f"within {within:g} of it"
+    elif high < -within:
+        verdict = f"not within {within:g} of it"
+    else:
+        verdict = f"within {within:g} of it is {'likelier than not' if middle > -within else 'unlikely'}, and not shown"
+    ours, ceiling = (tables.figure(of[name]["metrics"][key]["mean"]) for name in (best, top))
+    return (
+        f"The best head without such labels, {of[best]['title']}, has an AUC of {ours}, the ceiling {ceiling}: the "
+        f"difference is {signed(row)}, {verdict}."
+    )
+
+
+def signed(row: Mapping[str, Any]) -> str:
+    return f"{tables.figure(row['difference'], sign=True)} {tables.interval(row)}".strip()
+
+
+# --- one document
+
+
+def save(
+    work: Work,
+    tileset: TileSet,
+    results: Sequence[Mapping[str, Any]],
+    arms: Sequence[Arm],
+    found: Found,
+    words: Mapping[str, str],
+    pictures: Mapping[str, Any] | None = None,
+) -> Path:
+    """results.json and report.html; `words` are title, question and answer. Arms of several results are one list."""
+    merged: dict[str, Any] = {"arms": {}, "tasks": [], "differences": [], "reliability": {}, "curves": []}
+    for part in results:
+        for arm in part["arms"]:
+            fresh = arm | {"metrics": {}, "seeds": [s | {"metrics": {}} for s in arm["seeds"]]}
+            known = merged["arms"].setdefault(arm["name"], fresh)
+            known["metrics"] |= arm["metrics"]
+            for mine, theirs in zip(known["seeds"], arm["seeds"], strict=True):
+                mine["metrics"] |= theirs["metrics"]
+        merged["tasks"] += part["tasks"]
+        merged["differences"] += part["differences"]
+        merged["reliability"] |= dict.fromkeys(part["reliability"])
+        merged["curves"] = merged["curves"] or part["curves"]
+    document = {
+        **words,
+        "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": mfl_jax.__version__,
+        "intervals": results[0]["intervals"],
+        "cohort": compare.cohort(tileset) | {"Size": work.name, "Device": jax.devices()[0].device_kind},
+        "arms": list(merged["arms"].values()),
+        "tasks": merged["tasks"],
+        "differences": merged["differences"],
+        "curves": merged["curves"],
+        "reliability": [*found.notes, *merged["reliability"]],
+        "config": {a.name: json.loads(configs.to_json(configs.load(_spec(work, a)))) for a in arms},
+        "hashes": {"tile set": tileset.hash} | {f"checkpoint of {p}": d for p, d in found.digests.items()},
+    }
+    return report.save(work.out, document, pictures or {})
+
+
+def _spec(work: Work, arm: Arm) -> str:
+    return spec(arm, work.scale.size, work.shared / "set", 0)

@@ -1,0 +1,286 @@
+"""What colab/slpd_on_phantom.py is made of: an encoder of tiles, grids of its features, encoders of regions, slides.
+
+Cases are of two halves, and everything is tested on one of them. Inductive: both levels are trained on the other half.
+Transductive: on the half that is tested, without its labels, as the paper does. Both for as many steps.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from input_pipeline.pool import available_cores
+from input_pipeline.regions import Params, assemble
+from input_pipeline.tileset import TileSet
+from mfl_jax import compare, data, encoder, slide_arms, slides, sweep, trained
+from mfl_jax import config as loader
+from mfl_jax.arms import read_curve
+from mfl_jax.bags import Table, of_cases, read_folder, read_table
+from mfl_jax.demo.arms import Arm, Size, spec
+from mfl_jax.demo.evidence import Work, command, tell
+from mfl_jax.evaluators import composition
+from mfl_jax.evaluators.slide_study import SlideArm, Study, key
+from mfl_jax.extract import extract
+from mfl_jax.report import tables
+from mfl_jax.statistics import Difference
+from mfl_jax.watch import TrainingFailed
+
+SETTINGS = {"inductive": "train", "transductive": "test"}  # the split that both levels are trained on
+BASE = Arm("tiles", "DINO on tiles", "baseline", "two large and four small crops of every tile", "dino_tiles:")
+KIND = "dominant kind of each tile, by the phantom's own map"
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How large each level is."""
+
+    tiles: Size
+    regions: Size
+    side: int  # tiles along a side of a region
+    step: int  # tiles from one region to the next
+    seeds: int  # of the encoders of regions
+    folds: int
+    epochs: int | None = None  # of slide-level heads
+    resamples: int = 2000
+
+
+LEVELS = {
+    "tiny": Levels(
+        Size("tiny", 64, 512, 12), Size("tiny", 64, 512, 12), 4, 2,
+        seeds=1, folds=3, epochs=1, resamples=50,
+    ),
+    "small": Levels(
+        Size("phantom", 64, 1536, 36, "total.steps=200"),
+        Size("phantom", 64, 1536, 36, "total.steps=200"),
+        side=8, step=4, seeds=3, folds=6, epochs=10,
+    ),
+    "full": Levels(
+        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
+        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
+        side=8, step=4, seeds=3, folds=10,
+    ),
+}  # fmt: skip
+
+
+def _train(work: Work, folder: Path, specs: Mapping[str, str]) -> dict[str, Path]:
+    """Name -> workdir; what is trained already is kept. TrainingFailed where a run fails."""
+    for text in specs.values():  # what cannot be is said before the first is trained
+        data.facts(loader.Reading(loader.load(text)).data)
+    jobs = [sweep.Job(name, text, folder / name) for name, text in specs.items()]
+    submit = functools.partial(sweep.local, side_by_side=available_cores())
+    if failed := sweep.run(jobs, folder, submit, say=tell):
+        raise TrainingFailed("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
+    return {job.name: job.workdir for job in jobs}
+
+
+def cohort(work: Work, levels: Levels) -> TileSet:
+    """H&E alone. Of the splits, train (two fifths of the cases) and test, each serves one setting."""
+    size, out = levels.tiles, work.out
+    drawn = ("--cases", size.cases, "--size", size.slide, "--seed", work.seed, "--partners", "")
+    command("phantom", "--out", out / "slides", *drawn, "--quiet")
+    command("tile", out / "slides" / "slides.csv", "--out", out / "tiled", "--size", size.tile, "--quiet")
+    command("pack", out / "tiled", "--out", out / "set", "--splits", "train=0.4,test=0.6", "--quiet")
+    return TileSet.open(out / "set")
+
+
+def slide_table(work: Work, tileset: TileSet) -> Table:
+    """The slides that are tested."""
+    return of_cases(read_table(work.out / "slides" / "slides.csv"), tileset.splits["test"])
+
+
+def train_tiles(work: Work, levels: Levels) -> dict[str, Path]:
+    """One encoder of tiles a setting."""
+    specs = {
+        setting: spec(BASE, levels.tiles, work.out / "set", 0, f"data.split={split}")
+        for setting, split in SETTINGS.items()
+    }
+    return _train(work, work.out / "tiles", specs)
+
+
+def features(work: Work, runs: Mapping[str, Path]) -> dict[str, Path]:
+    """Every tile of every slide by each encoder, one h5 a slide."""
+    found = {}
+    for setting, run in runs.items():
+        found[setting] = work.out / "features" / setting
+        tell(f"Features of every tile, {setting}")
+        source = slides.of_tile_set(work.out / "set")
+        report = extract(source, encoder.of_run(run), found[setting], progress=False, say=tell)
+        if report.failed:
+            raise ValueError(f"features of {len(report.failed)} slides failed: see {found[setting] / 'status.csv'}")
+    return found
+
+
+def regions(work: Work, levels: Levels, folders: Mapping[str, Path]) -> dict[str, Path]:
+    """A tile set of regions a setting: grids of tile features, with the splits of the cohort."""
+    found, splits = {}, TileSet.open(work.out / "set").splits
+    for setting, folder in folders.items():
+        found[setting] = work.out / "regions" / setting
+        params = Params(tiles=levels.side, step=levels.step, min_tissue=0.5)
+        given: dict[str, Any] = {"table": work.out / "slides" / "slides.csv", "splits": dict(splits)}
+        report = assemble(folder, found[setting], params, **given, workers=0, progress=False, say=tell)
+        if report.failed:
+            raise ValueError(f"regions of {len(report.failed)} slides failed: {report.failed}")
+        made = TileSet.open(found[setting])
+        counts = np.bincount(made.tiles["slide"], minlength=len(made.slides))
+        tell(f"{len(made):,} regions, {setting}; {counts.min()} to {counts.max()} a slide")
+    return found
+
+
+def train_regions(
+    work: Work,
+    levels: Levels,
+    sets: Mapping[str, Path],
+    arms: Mapping[str, Sequence[Arm]],
+) -> dict[str, dict[str, list[Path]]]:
+    """Setting -> arm -> runs, one a seed; all of them side by side."""
+    specs = {
+        f"{setting}/{arm.name}-{seed}": spec(
+            arm, levels.regions, sets[setting], seed, f"data.split={SETTINGS[setting]}"
+        )
+        for setting, members in arms.items()
+        for seed in range(levels.seeds)
+        for arm in members
+    }
+    flat = {name.replace("/", "-"): text for name, text in specs.items()}
+    made = _train(work, work.out / "runs", flat)
+    return {
+        setting: {arm.name: [made[f"{setting}-{arm.name}-{seed}"] for seed in range(levels.seeds)] for arm in members}
+        for setting, members in arms.items()
+    }
+
+
+# --- arms of slides
+
+
+def truth_arms(work: Work, table: Table) -> list[SlideArm]:
+    """What is written on the slides: the mixture of kinds of tile, and which kinds lie beside which."""
+    tileset = TileSet.open(work.out / "set")
+    columns: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in tileset.tiles.items()}
+    columns |= {"slide": np.array(tileset.slides)[columns["slide"]], "case": np.array(tileset.cases)[columns["case"]]}
+    ids, found = np.arange(len(tileset)), []
+    for way, title in (("mixture", "Truth: mixture"), ("arrangement", "Truth: arrangement")):
+        bags = slide_arms.bags_of(composition.embedded(columns, ids, way), "he", table, tileset.root)
+        told = KIND if way == "mixture" else f"{KIND}, by that of its neighbours"
+        found.append(SlideArm(way, (bags,), (), title, "ceiling", told, skip=("hipt",)))
+    return found
+
+
+def colour_arm(work: Work, table: Table) -> SlideArm:
+    bags, what = slide_arms.of_set(work.out / "set", table)
+    return SlideArm("colour", (bags,), (), "Colour statistics", "baseline", what, skip=("hipt",))
+
+
+def tile_arms(levels: Levels, folders: Mapping[str, Path], runs: Mapping[str, Path], table: Table) -> list[SlideArm]:
+    """The mean of a slide's tile features in each setting; and heads that read its tiles, where regions have HIPT's."""
+    found = []
+    for setting, folder in folders.items():
+        tiles, seen = read_folder(folder, table), trained.read_run(runs[setting])[1].train_cases
+        what = "features of DINO on tiles"
+        found.append(
+            SlideArm(_named("mean", setting), (tiles,), seen, "Mean of tiles", "baseline", what, skip=("hipt",))
+        )
+        if setting == "inductive":
+            for name, title, head in (("abmil", "ABMIL on tiles", "deepmil"), ("clam", "CLAM-SB on tiles", "clam")):
+                told: dict[str, Any] = {"instead": {"hipt": head}, "skip": ("knn", "linear", "retrieval")}
+                found.append(SlideArm(name, (tiles,) * levels.seeds, seen, title, "baseline", what, **told))
+    return found
+
+
+def region_arms(
+    runs: Mapping[str, Mapping[str, Sequence[Path]]],
+    sets: Mapping[str, Path],
+    tile_runs: Mapping[str, Path],
+    arms: Mapping[str, Sequence[Arm]],
+    table: Table,
+    brief: Sequence[str] = (),
+) -> tuple[list[SlideArm], dict[str, str]]:
+    """Embeddings of regions by every run, and digests of checkpoints; arms in `brief` are not given to a head."""
+    asked, given, words = [], {}, {}
+    for setting, members in arms.items():
+        behind = trained.read_run(tile_runs[setting])[1].train_cases
+        for arm in members:
+            name = _named(arm.name, setting)
+            asked += [slide_arms.Asked(name, path, sets[setting]) for path in runs[setting][arm.name]]
+            given[name], words[name] = behind, arm
+    skip = {name: ("hipt",) for name in given if name in brief}
+    seen = slide_arms.seen_cases(asked, given)
+    made, digests = slide_arms.collect(asked, table, seen, skip=skip, say=tell)
+    told = [replace(a, title=words[a.name].title, kind=words[a.name].kind, what=words[a.name].what) for a in made]
+    return told, digests
+
+
+def _named(name: str, setting: str) -> str:
+    return name if setting == "inductive" else f"{name}-seen"
+
+
+def curves(runs: Mapping[str, Mapping[str, Sequence[Path]]]) -> list[dict[str, Any]]:
+    """Training losses, as results.json has them."""
+    found = []
+    for setting, arms in runs.items():
+        for name, paths in arms.items():
+            for path in paths:
+                config = trained.read_run(path)[0]
+                steps, losses, _ = read_curve(path, config.data.batch)
+                line = {"arm": _named(name, setting), "seed": int(config.seed), "x": steps, "y": losses}
+                found += [line] if steps else []
+    return found
+
+
+# --- claims, in words
+
+
+def compared(study: Study, way: str, share: float, first: str, second: str) -> str:
+    """'A 0.81, B 0.75: +0.06 [0.01, 0.11], p = 0.02', p after Holm's correction, and what that shows."""
+    found = {(name, d.first, d.second): d for name, d in study.differences}
+    d = found.get((key(way, share, "auc"), first, second))
+    titles = {arm.name: arm.title for arm in study.arms}
+    values = [study.scored[name, way, share].metrics.get("auc") for name in (first, second)]
+    told = ", ".join(
+        f"{titles[name]} {tables.figure(v.value if v else None)}"
+        for name, v in zip((first, second), values, strict=True)
+    )
+    return f"{told}: {_verdict(d)}" if d else told
+
+
+def _verdict(d: Difference) -> str:
+    apart = f"{d.interval.value:+.3f} [{d.interval.low:+.3f}, {d.interval.high:+.3f}], p {d.p_holm:.3g}"
+    if d.p_holm < 0.05:
+        return f"{apart}, {'shown' if d.interval.value > 0 else 'the other way round'}"
+    return f"{apart}, not shown"
+
+
+def written(study: Study) -> str:
+    """Where the label lies, by the arms of truth."""
+    share = max(study.draws)
+    told = []
+    for way, title in (("knn", "nearest neighbours"), ("linear", "a linear classifier")):
+        values = [study.scored[name, way, share].metrics.get("auc") for name in ("mixture", "arrangement")]
+        mixture, arrangement = (tables.figure(v.value if v else None) for v in values)
+        told.append(f"{title} {mixture} from the mixture, {arrangement} from the arrangement")
+    return f"What is written on the slides (AUC by the phantom's own map of kinds of tile): {'; '.join(told)}."
+
+
+def answer(study: Study, lines: Sequence[str]) -> str:
+    """How many of the steps of the claim are shown, over ways and shares; then the figures of the first way."""
+    steps = {(name, d.first, d.second): d for name, d in study.differences}
+    told = []
+    for first, second in (("slpd", "dino"), ("dino", "mean")):
+        found = [d for (name, a, b), d in steps.items() if (a, b) == (first, second) and name.endswith("/auc")]
+        up = sum(d.interval.value > 0 and d.p_holm < 0.05 for d in found)
+        down = sum(d.interval.value < 0 and d.p_holm < 0.05 for d in found)
+        titles = {arm.name: arm.title for arm in study.arms}
+        told.append(
+            f"{titles[first]} is clearly above {titles[second]} in {up} of {len(found)} figures, below in {down}"
+        )
+    return f"{'; '.join(told)}. {lines[1]}"
+
+
+def record(work: Work, tileset: TileSet, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What was made, and where."""
+    hashes = {"tile set": tileset.hash} | {f"checkpoint of {path}": digest for path, digest in digests.items()}
+    made = compare.cohort(tileset) | {"Size": work.name, "Device": jax.devices()[0].device_kind}
+    return {"cohort": {name: made[name] for name in ("Tiles", "Tile", "Size", "Device")}, "hashes": hashes}

@@ -1,0 +1,51 @@
+"""The script of evidence on two levels, at its smallest size, and the words that follow from its figures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mfl_jax.demo import levels
+from mfl_jax.evaluators import slide_study
+from mfl_jax.evaluators.slide_study import SlideArm
+from tests.mfl_jax.evaluators import slides_made
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_claim_is_shown_by_its_paired_difference_alone():
+    bags, table = slides_made.slides(shift=4.0)
+    dull = slides_made.slides(shift=0.0)[0]
+    arms = [SlideArm(name, (dull if name in ("mean", "mixture") else bags,), (), title=name.upper()) for name in
+            ("slpd", "dino", "mean", "mixture", "arrangement")]  # fmt: skip
+    pairs = [("slpd", "dino"), ("dino", "mean")]
+    study = slide_study.study(arms, table, ("knn", "linear"), folds=4, resamples=500, retrieve=False, pairs=pairs)
+    told = levels.compared(study, "knn", 1.0, "slpd", "dino")
+    assert told.startswith("SLPD 0.9")
+    assert told.endswith("+0.000 [+0.000, +0.000], p 1, not shown")
+    assert levels.compared(study, "knn", 1.0, "dino", "mean").endswith("shown")
+    answer = levels.answer(study, ["first", "second"])
+    assert "SLPD is clearly above DINO in 0 of 4 figures, below in 0; DINO is clearly above MEAN in 4 of 4" in answer
+    assert answer.endswith("second")
+    assert "from the arrangement" in levels.written(study)
+
+
+@pytest.mark.slow
+def test_the_script_runs_at_its_smallest_size_and_goes_on(tmp_path):
+    command = [sys.executable, "colab/slpd_on_phantom.py", "--out", str(tmp_path / "out"), "--size", "tiny"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    first = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    modes = {arm["name"]: arm["mode"] for arm in results["arms"]}
+    assert {name for name, mode in modes.items() if mode == "transductive"} == {"dino-seen", "slpd-seen", "mean-seen"}
+    assert set(modes.values()) == {"transductive", "inductive"}
+    keys = {d["metric"] for d in results["differences"] if (d["a"], d["b"]) == ("slpd", "abmil")}
+    assert keys == {"hipt/1/auc", "hipt/0.25/auc"}
+    assert (tmp_path / "out" / "report.html").stat().st_size > 20_000
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "0 of 9 runs to train" in again.stdout
