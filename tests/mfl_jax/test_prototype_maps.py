@@ -70,6 +70,15 @@ def test_over_a_slide_the_colours_lie_where_the_regions_are(tmp_path):
     assert np.abs(at(30, 35) - mixed[1]).max() <= 1
 
 
+def test_of_regions_that_overlap_the_middle_is_drawn():
+    found = made()
+    assert found.cells(0)[1] == 10
+    found.columns["side"][:] = 20.0
+    corners, side = found.cells(0)
+    assert side == 10
+    assert corners.tolist() == [[10, 35], [20, 35], [30, 35]]
+
+
 def test_a_slide_that_is_no_name_of_a_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"slide_id '../a' is not a file's name"):
         prototype_maps.save(tmp_path, made(("../a", "b", "c")))

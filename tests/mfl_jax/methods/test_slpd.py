@@ -266,6 +266,11 @@ def test_facts_of_an_earlier_release_are_refused_and_weights_of_zero_leave_a_ter
     _, extra = jax.eval_shape(method.init, jax.random.key(0), synthetic.batch(facts, 0))
     assert "centre_intra" not in extra
     assert "centre_inter" in extra
+    config.slpd.inter = 0.0
+    method = train.plan(config, source=synthetic.Source(facts), facts=facts).method
+    _, extra = jax.eval_shape(method.init, jax.random.key(0), synthetic.batch(facts, 0))
+    assert extra.keys() == {"he", "teacher", "centre"}
+    assert method.refresh is None
 
 
 def test_the_first_look_is_after_as_many_epochs_as_the_paper_says():
