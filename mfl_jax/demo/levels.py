@@ -20,6 +20,7 @@ from mfl_jax import compare, data, encoder, slide_arms, slides, sweep, trained
 from mfl_jax import config as loader
 from mfl_jax.arms import read_curve
 from mfl_jax.bags import Table, of_cases, read_folder, read_table
+from mfl_jax.demo import keep_programs
 from mfl_jax.demo.arms import Arm, Size, spec
 from mfl_jax.demo.evidence import Work, command, tell
 from mfl_jax.evaluators import composition
@@ -71,7 +72,8 @@ def _train(work: Work, folder: Path, specs: Mapping[str, str]) -> dict[str, Path
     for text in specs.values():  # what cannot be is said before the first is trained
         data.facts(loader.Reading(loader.load(text)).data)
     jobs = [sweep.Job(name, text, folder / name) for name, text in specs.items()]
-    submit = functools.partial(sweep.local, side_by_side=available_cores())
+    kept = keep_programs(work.out / "programs")  # seeds differ in no program
+    submit = functools.partial(sweep.local, side_by_side=available_cores(), environment=kept)
     if failed := sweep.run(jobs, folder, submit, say=tell):
         raise TrainingFailed("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
     return {job.name: job.workdir for job in jobs}
