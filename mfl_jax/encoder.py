@@ -1,6 +1,8 @@
-"""An encoder ready to use, from a run or from a folder of weights: tiles of H&E in, features out; and `mfl export`."""
+"""An encoder ready to use, from a run or from a folder of weights: tiles of H&E in, or regions of tile features, and
+features out; and `mfl export`."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from input_pipeline.files import only_one
-from mfl_jax import models, sharding, views
+from mfl_jax import data, models, sharding, views
 from mfl_jax.config import to_json
 from mfl_jax.interop import weights
 from mfl_jax.methods.towers import compute_dtype
@@ -26,7 +28,8 @@ TOLERANCE = 1e-3  # of exported features, against those of the run
 
 @dataclass(frozen=True)
 class Encoder:
-    """apply(params, uint8 [B, H, W, 3], mask [B]) -> float32 [B, dim]; pure. `params` lie whole on every device."""
+    """apply(params, uint8 [B, H, W, 3], mask [B]) -> float32 [B, dim]; pure. `params` lie whole on every device. An
+    encoder of kind 'grid' takes float16 [B, H, W, channels] in place of pictures."""
 
     name: str
     apply: Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -37,9 +40,16 @@ class Encoder:
     mpp: float | None  # um per px of a tile; None where the weights do not say
     digest: str  # SHA-256: another one gives other features
     cases: tuple[str, ...] | None = None  # that it was trained on; None where nothing says
+    kind: str = "image"
+    channels: int = 3
 
-    def check_tiles(self, size: int, mpp: float, *, asked: float | None = None) -> None:
+    def check_tiles(
+        self, size: int, mpp: float, *, asked: float | None = None, kind: str = "image", channels: int = 3
+    ) -> None:
         """Tiles of another size or scale than the encoder was trained on are refused, unless `asked` is that scale."""
+        if (kind, channels) != (self.kind, self.channels):
+            has, wants = data.in_words(kind, size, channels), data.in_words(self.kind, self.size, self.channels)
+            raise ValueError(f"there are {has}; {self.name} takes {wants}")
         if self.exact and size != self.size:
             raise ValueError(f"the tiles are of {size} px; {self.name} takes {self.size} px: tile again with that size")
         if asked is not None and abs(asked / mpp - 1) > 0.01:
@@ -61,15 +71,16 @@ def of_trained(run: Trained) -> Encoder:
     def apply(params: Any, images: jax.Array, mask: jax.Array) -> jax.Array:
         return run.method.embed(params[0], params[1], {"he": images, "mask": mask})["he"]
 
-    params, size = (run.params, run.extra), run.facts.size
+    params, size, of = (run.params, run.extra), run.facts.size, run.facts.modalities["he"]
     try:
-        dim = _width(apply, params, size)
+        dim = _width(apply, params, *run.facts.shapes["he"])
     except KeyError as error:
         raise ValueError(f"{run.path}: its features are not of H&E alone: without {error} there are none") from error
     deciding = ("method", run.config.method, "encoder", "views", "dtype")
     said = ConfigDict({name: run.config[name] for name in deciding if name in run.config} | {"digest": run.digest})
     digest = hashlib.sha256(to_json(said).encode()).hexdigest()
-    return Encoder(run.name, apply, params, dim, size, True, run.facts.mpp, digest, run.facts.train_cases)
+    known = (run.facts.train_cases, of.kind, of.channels)
+    return Encoder(run.name, apply, params, dim, size, True, run.facts.mpp, digest, *known)
 
 
 def of_weights(folder: str | Path, mesh: Mesh | None = None) -> Encoder:
@@ -78,7 +89,8 @@ def of_weights(folder: str | Path, mesh: Mesh | None = None) -> Encoder:
     found, folder = weights.load(folder), Path(folder)
     model = models.make(found.spec)
     try:
-        look, size, exact, mpp, dtype = _input(found.config)
+        grid = weights.is_grid(found.spec)
+        look, size, exact, mpp, dtype = _input_of_grid(found) if grid else _input(found.config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise weights.WeightsError(f"{folder / weights.CONFIG} does not say what the network takes: {error}") from error
 
@@ -90,7 +102,19 @@ def of_weights(folder: str | Path, mesh: Mesh | None = None) -> Encoder:
     name = (found.config.get("mfl") or {}).get("run") or found.config["architecture"]
     cases = (found.config.get("mfl") or {}).get("train_cases")
     cases = None if cases is None else tuple(map(str, cases))
-    return Encoder(str(name), apply, params, _width(apply, params, size), size, exact, mpp, found.digest, cases)
+    kind, channels = ("grid", 1 + found.params["phi"]["kernel"].shape[0]) if grid else ("image", 3)
+    dim = _width(apply, params, (size, size, channels), "float16" if grid else "uint8")
+    return Encoder(str(name), apply, params, dim, size, exact, mpp, found.digest, cases, kind, channels)
+
+
+def _input_of_grid(found: weights.Weights) -> tuple[Callable[[jax.Array], jax.Array], int, bool, float | None, Any]:
+    """As _input; those of HIPT take whole regions of any size."""
+    if ours := found.config.get("mfl"):
+        view = views.parse(ours["view"], kind="grid", channels=1 + found.params["phi"]["kernel"].shape[0])
+        size, mpp = int(ours["size"]), float(ours["mpp"])
+        return lambda grids: view(jax.random.key(0), grids), size, True, mpp, compute_dtype(ours["dtype"])
+    side = math.isqrt(found.params["pos_embed"].shape[1] - 1)
+    return lambda grids: grids.astype(jnp.float32), side, False, None, jnp.float32
 
 
 def _input(config: dict[str, Any]) -> tuple[Callable[[jax.Array], jax.Array], int, bool, float | None, Any]:
@@ -122,8 +146,8 @@ def resize(images: jax.Array, side: int, kernel: str) -> jax.Array:
     return jnp.clip(jax.image.resize(images, shape, kernel, precision=jax.lax.Precision.HIGHEST), 0.0, 1.0)
 
 
-def _width(apply: Callable[..., jax.Array], params: Any, size: int) -> int:
-    rows = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8), jax.ShapeDtypeStruct((2,), jnp.bool_)
+def _width(apply: Callable[..., jax.Array], params: Any, shape: tuple[int, ...], dtype: str) -> int:
+    rows = jax.ShapeDtypeStruct((2, *shape), jnp.dtype(dtype)), jax.ShapeDtypeStruct((2,), jnp.bool_)
     return int(jax.eval_shape(apply, params, *rows).shape[-1])
 
 
@@ -167,8 +191,9 @@ def part_of(run: Trained) -> tuple[Any, Any]:
 
 
 def _check_export(run: Trained, params: Any, stats: Any, view: views.View) -> None:
-    size = run.facts.size
-    he = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8))
+    shape, dtype = run.facts.shapes["he"]
+    draw = np.random.default_rng(0)
+    he = jnp.asarray(draw.integers(0, 2 if dtype == "float16" else 256, (2, *shape)).astype(dtype))
     made = of_trained(run)
     expected = np.asarray(jax.jit(made.apply)(made.params, he, jnp.ones(2, bool)))
     model, dtype = models.make(run.config.encoder), compute_dtype(run.config.dtype)

@@ -78,7 +78,7 @@ def extract(
             for job in work:
                 job.ended = _account(report.ledger, bar, say)
             if work:
-                _run(work, encoder, source.size, batch, workers, mesh, report.ledger)
+                _run(work, encoder, source, batch, workers, mesh, report.ledger)
         for job in todo:
             if job.state == "failed":
                 job.set_aside()
@@ -260,10 +260,10 @@ class _Batch:
 
 
 def _run(
-    work: Sequence[_Job], encoder: Encoder, size: int, batch: int, workers: int, mesh: Mesh, ledger: Ledger
+    work: Sequence[_Job], encoder: Encoder, source: Source, batch: int, workers: int, mesh: Mesh, ledger: Ledger
 ) -> None:
     rows = sharding.rows_for(batch, mesh)
-    compiled = _compiled(encoder, size, rows, mesh)
+    compiled = _compiled(encoder, source.empty(rows), mesh)
     start, flying = perf_counter(), deque[tuple[_Batch, Future]]()
     device = ThreadPoolExecutor(1, "mfl-device")
 
@@ -282,7 +282,7 @@ def _run(
         ledger.seconds.update({"write": perf_counter() - begin})
 
     try:
-        with contextlib.closing(_batches(work, size, rows, workers)) as batches:
+        with contextlib.closing(_batches(work, source, rows, workers)) as batches:
             for made in batches:
                 begin = perf_counter()
                 given = {"he": made.images, "mask": np.arange(rows) < made.filled}
@@ -300,21 +300,21 @@ def _run(
         ledger.wall = perf_counter() - start
 
 
-def _compiled(encoder: Encoder, size: int, rows: int, mesh: Mesh) -> Callable[..., jax.Array]:
+def _compiled(encoder: Encoder, like: np.ndarray, mesh: Mesh) -> Callable[..., jax.Array]:
     places = sharding.batch_sharding(mesh)
-    images = jax.ShapeDtypeStruct((rows, size, size, 3), np.uint8, sharding=places)
-    mask = jax.ShapeDtypeStruct((rows,), np.bool_, sharding=places)
+    images = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=places)
+    mask = jax.ShapeDtypeStruct((len(like),), np.bool_, sharding=places)
     return jax.jit(encoder.apply).lower(encoder.params, images, mask).compile()
 
 
-def _batches(work: Sequence[_Job], size: int, rows: int, workers: int) -> Generator[_Batch, None, None]:
+def _batches(work: Sequence[_Job], source: Source, rows: int, workers: int) -> Generator[_Batch, None, None]:
     """Full batches, but for the last. An array is filled once: the device may still read from it."""
     made = None
     with contextlib.closing(_chunks(work, workers, rows)) as chunks:
         for job, taken, pixels in chunks:
             done = 0
             while done < len(taken):
-                made = made or _Batch(np.zeros((rows, size, size, 3), np.uint8))
+                made = made or _Batch(source.empty(rows))
                 count = min(rows - made.filled, len(taken) - done)
                 made.images[made.filled : made.filled + count] = pixels[done : done + count]
                 made.spans.append((job, taken.start + done, made.filled, count))

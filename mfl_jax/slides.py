@@ -27,7 +27,7 @@ class Tiles(Protocol):
 
     sheet: Sheet
 
-    def read(self, start: int, stop: int) -> np.ndarray: ...  # uint8 [stop - start, size, size, 3]
+    def read(self, start: int, stop: int) -> np.ndarray: ...  # as Source.empty(stop - start)
     @property
     def timings(self) -> Mapping[str, float]: ...
     def close(self) -> None: ...
@@ -51,6 +51,13 @@ class Source:
     size: int  # px of a tile
     mpp: float  # um per px of it
     overlap: int  # px that neighbours share
+    kind: str = "image"  # or 'grid': regions of tile features
+    channels: int = 3
+
+    def empty(self, rows: int) -> np.ndarray:
+        """To be filled with tiles, or regions."""
+        dtype = np.uint8 if self.kind == "image" else np.float16
+        return np.zeros((rows, self.size, self.size, self.channels), dtype)
 
 
 def kind_of(path: Path) -> str:
@@ -161,7 +168,7 @@ def of_tile_set(folder: Path) -> Source:
         signature = f"{spec.sha256} {about['digest']}"
         start = partial(_Packed, tileset, about, first, stop)
         entries.append(Entry(about["slide"], about["case"], label, signature, start))
-    return Source(tuple(entries), spec.size, spec.mpp, _overlap(tileset))
+    return Source(tuple(entries), spec.size, spec.mpp, _overlap(tileset), spec.he_kind, spec.he_channels)
 
 
 def _overlap(tileset: TileSet) -> int:
@@ -188,8 +195,7 @@ class _Packed:
         self.sheet = Sheet(about["slide"], about["case"], coords, mpp, source, size, scale, overlap, extent)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        size = self._spec.size
-        out = np.empty((stop - start, size, size, 3), np.uint8)
+        out = np.empty((stop - start, *self._spec.he_shape), self._spec.he_dtype)
         begin = time.perf_counter()
         examples = self._tileset.read(range(self._first + start, self._first + stop))
         between = time.perf_counter()

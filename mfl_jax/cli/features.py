@@ -21,7 +21,9 @@ def _add_extract(commands) -> None:
     command.add_argument("source", type=Path, help="slides (CSV, folder, one file), what mfl tile wrote, or a tile set")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", dest="workdir", type=Path, help="the workdir of mfl train")
-    which.add_argument("--weights", type=Path, help="a folder with config.json and model.safetensors, ours or timm's")
+    which.add_argument(
+        "--weights", type=Path, help="a folder with config.json and model.safetensors, of ours, timm, DINO, HIPT"
+    )
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--layout", choices=("ours", "clam", "trident", "stamp"), default="ours")
     command.add_argument(
@@ -43,7 +45,7 @@ def extract(options: argparse.Namespace) -> int:
 
     made = encoder.of_run(options.workdir) if options.workdir else encoder.of_weights(options.weights)
     source = _source(options, made)
-    made.check_tiles(source.size, source.mpp, asked=options.mpp)
+    made.check_tiles(source.size, source.mpp, asked=options.mpp, kind=source.kind, channels=source.channels)
     threads = None if options.workers is None else max(1, options.workers)
     work = {"batch": options.batch, "workers": threads, "progress": not options.quiet, "say": say}
     report = extract(source, made, options.out, layout=options.layout, dtype=options.dtype, **work)

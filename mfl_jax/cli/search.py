@@ -1,4 +1,5 @@
-"""What lies in an encoder: tiles like one tile (search), kinds of tile (clusters), what it attends to (attention)."""
+"""What lies in an encoder: tiles like one tile (search), kinds of tile (clusters) and of slide (prototypes), what it
+attends to (attention)."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add(commands) -> None:
-    for add in (_add_search, _add_clusters, _add_attention):
+    for add in (_add_search, _add_clusters, _add_prototypes, _add_attention):
         add(commands)
 
 
@@ -181,4 +182,31 @@ def attention(options: argparse.Namespace) -> int:
 
     which = {"rows": options.rows, "split": options.split, "seed": options.seed}
     print(f"wrote {attention.of_run(options.workdir, TileSet.open(options.tileset), options.out, **which)}")
+    return 0
+
+
+def _add_prototypes(commands) -> None:
+    command = add_command(
+        commands, "prototypes", prototypes, "what a run of slpd found in each slide, and who is alike"
+    )
+    command.add_argument("workdir", metavar="run", type=Path, help="the workdir of mfl train")
+    command.add_argument("--tileset", default="", help="the set it was trained on (default: where it was then)")
+    command.add_argument("--slides", type=Path, help="the cohort (CSV or folder), to draw over the slides themselves")
+    command.add_argument("--show", type=int, default=12, help="slides to draw (default 12)")
+    command.add_argument("--out", type=Path, required=True, help="folder for the table, the maps and the sheet")
+
+
+def prototypes(options: argparse.Namespace) -> int:
+    """Of the last checkpoint: prototypes.csv of all slides, a map of the clusters of each of the first ones, and
+    neighbours.png: slides beside those most like them, in the colours of matched prototypes."""
+    from mfl_jax import prototype_maps
+    from mfl_jax.slides import read_cohort
+
+    if options.show < 1:
+        raise ValueError(f"--show is 1 or more, not {options.show}")
+    found = prototype_maps.read(options.workdir, options.tileset)
+    slides = {} if options.slides is None else {slide.slide_id: slide.he for slide in read_cohort(options.slides)}
+    written = prototype_maps.save(options.out, found, options.show, slides)
+    print(f"step {found.step}: {int(found.tables['eligible'].sum())} of {len(found.slides)} slides have prototypes")
+    print(f"wrote {len(written)} files to {options.out}")
     return 0

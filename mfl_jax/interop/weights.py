@@ -2,7 +2,8 @@
 
 timm reads what is written for a ViT or a ResNet of its own shape; any other network gets the same naming, and an
 `architecture` that begins with 'mfl_jax/'. The part `mfl` of the config says what timm's has no place for: the view of
-evaluation, and size and um per pixel of the tiles, so that the features are those of the run.
+evaluation, and size and um per pixel of the tiles, so that the features are those of the run. Checkpoints of DINO and
+HIPT are read as well (interop/dino.py).
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import numpy as np
 
 from input_pipeline.files import read_json, whole, write_json
 from mfl_jax import models
+from mfl_jax.interop import dino
 from mfl_jax.trees import map_named, named_leaves
 
 CONFIG, WEIGHTS, OURS = "config.json", "model.safetensors", "mfl_jax/"
@@ -50,7 +52,7 @@ class Weights:
 def torch_name(name: str) -> str:
     """'layer1_0/bn1/scale' -> 'layer1.0.bn1.weight'."""
     name = re.sub(r"(?<![a-z])(blocks|layer\d|downsample)_(\d+)", r"\1.\2", name.replace("/", "."))
-    name = name.replace("patch_embed.", "patch_embed.proj.")
+    name = re.sub(r"^phi\.", "phi.0.", name.replace("patch_embed.", "patch_embed.proj."))
     for ours, theirs in (("kernel", "weight"), ("scale", "weight"), ("mean", "running_mean"), ("var", "running_var")):
         name = re.sub(rf"\.{ours}$", f".{theirs}", name)
     return name
@@ -89,11 +91,13 @@ def to_torch(params: Any, stats: Any, patch: int | None) -> dict[str, np.ndarray
 def from_torch(tensors: Mapping[str, np.ndarray], spec: str, what: str) -> tuple[Any, Any]:
     """(params, stats) of models.make(spec); WeightsError lists what is missing, unexpected, or of another shape."""
     model, patch = models.make(spec), patch_of(spec)
-    tensors = {name: value for name, value in tensors.items() if not HEADS.fullmatch(name)}
-    side = 64
-    if patch:
-        tensors, side = _plain_positions(tensors, patch, what)
-    image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+    tensors = {name: value for name, value in dino.plain(tensors).items() if not HEADS.fullmatch(name)}
+    side, channels = 64, 3
+    if patch or is_grid(spec):
+        tensors, side = _plain_positions(tensors, patch or 1, what)
+    if is_grid(spec):
+        channels = 1 + tensors.get("phi.0.weight", np.zeros((0, 0))).shape[-1]
+    image = jax.ShapeDtypeStruct((1, side, side, channels), np.float32)
     like = jax.eval_shape(lambda key: model.init(key, image), jax.random.key(0))
     leaves = {torch_name(name): (name, leaf) for tree in like for name, leaf in named_leaves(tree).items()}
     faults = [f"{name} is missing" for name in leaves if name not in tensors]
@@ -118,6 +122,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], spec: str, what: str) -> tuple
 def patch_of(spec: str) -> int | None:
     found = re.match(r"vit_[a-z]+(\d+)", spec)
     return int(found[1]) if found else None
+
+
+def is_grid(spec: str) -> bool:
+    """Whether it is over regions, grids of tile features, and not over pictures."""
+    return models.parse(spec)[0] == "grid_vit"
 
 
 def _plain_positions(tensors: Mapping[str, np.ndarray], patch: int, what: str) -> tuple[dict[str, np.ndarray], int]:
@@ -158,6 +167,8 @@ def architecture(spec: str, side: int) -> dict[str, Any]:
     settings = {k: v for k, v in settings.items() if k not in TRAINING_ONLY and v not in (0, False, "cls")}
     if name.startswith("resnet") and (not settings or settings == {"width": 1}):
         return {"architecture": name, "global_pool": "avg"}
+    if "pos_offset" in settings:  # which timm does not know
+        return {"architecture": OURS + ",".join([name, *(f"{k}={_text(v)}" for k, v in settings.items())])}
     if patch := patch_of(spec):
         size = re.match(r"vit_([a-z]+)", name)[1]  # type: ignore[index]
         word = next(word for word, short in NAMED.items() if short == size)
@@ -182,6 +193,12 @@ def spec_of(config: Mapping[str, Any], what: str) -> str:
     name = str(config.get("architecture"))
     if name.startswith(OURS):
         return name.removeprefix(OURS)
+    if (theirs := dino.spec_of(name)) is not None:
+        given = dict(config.get("model_args") or {})
+        known = {k: v for k, v in MODEL_ARGS.items() if v != "registers"}
+        if odd := [f"{k}={v!r}" for k, v in given.items() if k not in known or type(v) is not int]:
+            raise WeightsError(f"{what}: model_args {', '.join(odd)}; of {name} there are {', '.join(known)}")
+        return ",".join([theirs, *(f"{known[k]}={v}" for k, v in given.items())])
     name, arguments = name.partition(".")[0], dict(config.get("model_args") or {})
     pool = arguments.pop("global_pool", config.get("global_pool"))
     if re.fullmatch(r"resnet(18|26|50)", name) and not arguments and pool in (None, "avg", ""):
@@ -190,7 +207,8 @@ def spec_of(config: Mapping[str, Any], what: str) -> str:
     if not match:
         raise WeightsError(
             f"{what}: the architecture {name!r} is not known; there are resnet18, resnet26, resnet50, and "
-            "vit_{tiny,small,base}_patch{8,14,16} with or without registers"
+            "vit_{tiny,small,base}_patch{8,14,16} with or without registers; of DINO's checkpoints "
+            "dino_vit{t,s,b}{8,16}, of HIPT's second level hipt_vit4k_xs"
         )
     patch, registers = arguments.pop("patch_size", int(match[2])), int(match[3] or 0)
     settings: dict[str, Any] = {"registers": registers} if registers else {}
@@ -217,7 +235,7 @@ def spec_of(config: Mapping[str, Any], what: str) -> str:
 def save(
     folder: str | Path, spec: str, params: Any, stats: Any, *, side: int, mean: Any, std: Any, ours: Mapping[str, Any]
 ) -> None:
-    """`side` is that of the image the network sees; `ours` becomes the part `mfl` of the config."""
+    """`side` is that of the image, or grid, the network sees; `ours` becomes the part `mfl` of the config."""
     from safetensors.numpy import save as encode
 
     folder, tensors, learnt = Path(folder), to_torch(params, stats, patch_of(spec)), side
@@ -226,7 +244,8 @@ def save(
         learnt = patch * math.isqrt(count)
         if (learnt // patch) ** 2 != count:
             raise WeightsError(f"positions of {count} patches, which are no square, cannot be written for timm")
-    seen = {"input_size": [3, side, side], "interpolation": "bicubic", "crop_pct": 1.0}
+    channels = 1 + params["phi"]["kernel"].shape[0] if is_grid(spec) else 3
+    seen = {"input_size": [channels, side, side], "interpolation": "bicubic", "crop_pct": 1.0}
     seen |= {"mean": [float(v) for v in mean], "std": [float(v) for v in std], "num_classes": 0}
     document = architecture(spec, learnt) | {"num_classes": 0, "num_features": models.make(spec).dim}
     with whole(folder / WEIGHTS) as part:

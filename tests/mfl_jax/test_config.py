@@ -62,7 +62,7 @@ def test_unknown_words_and_two_of_a_kind_are_refused(name):
     with pytest.raises(ValueError, match="one of"):
         load(name, "phantom,tiny")
     of_a_kind = {"supervised": "if,ihc,both", "siamese": "margin,triplet", "moco": "near,tiny,phantom"}
-    of_a_kind |= {"dino_tiles": "vit,resnet"}
+    of_a_kind |= {"slpd": "lung,breast", "dino_tiles": "vit,resnet", "dino_regions": "gpu,phantom"}
     with pytest.raises(ValueError, match="one of"):
         load(name, of_a_kind.get(name, "vicreg,info_nce"))
 

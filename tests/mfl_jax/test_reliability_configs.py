@@ -40,16 +40,40 @@ def records(draw: np.random.Generator, count: int):
         yield Record(he, partners, i * 60.0, 0.0, 0.5, label=label, columns={"dark": float(255 - he.mean())}, score={})
 
 
+REGIONS = Spec(
+    "small",
+    synthetic.CELLS,
+    32.0,
+    "float16",
+    label_names=SPEC.label_names,
+    he_kind="grid",
+    he_channels=synthetic.FEATURES + 1,
+)
+
+
+def regions(draw: np.random.Generator, count: int):
+    """What is labelled has greater features."""
+    for i in range(count):
+        there = draw.random((synthetic.CELLS, synthetic.CELLS, 1)) < 0.8
+        tiles = draw.normal(size=(synthetic.CELLS, synthetic.CELLS, synthetic.FEATURES)) + i % 2
+        grid = np.concatenate([tiles * there, there], -1).astype(np.float16)
+        yield Record(grid, {}, i * 600.0, 0.0, 0.5, label=i % 2)
+
+
 @pytest.fixture(scope="module", name="root")
 def root_fixture(tmp_path_factory) -> Path:
-    root, draw = tmp_path_factory.mktemp("small") / "set", np.random.default_rng(0)
-    for i in range(8):
-        write_slide(root, SPEC, f"s{i}", f"c{i}", list(records(draw, 10)), {})
-    finish(root, SPEC, splits={"train": ["c0", "c1", "c2", "c3"], "val": ["c4", "c5"], "test": ["c6", "c7"]})
+    """The folder of a set of tiles, and of one of regions."""
+    root, draw = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
+    for name, spec, drawn in (("set", SPEC, records), ("regions", REGIONS, regions)):
+        for i in range(8):
+            write_slide(root / name, spec, f"s{i}", f"c{i}", list(drawn(draw, 10)), {})
+        splits = {"train": ["c0", "c1", "c2", "c3"], "val": ["c4", "c5"], "test": ["c6", "c7"]}
+        finish(root / name, spec, splits=splits)
     return root
 
 
-def configured(name: str, root: Path):
+def configured(name: str, folder: Path):
+    root = folder / Path(synthetic.tiny(name).data.tileset).name
     shared = {"every": 1, "tileset": str(root), "batch": 16, "feature": "he", "partners": (), "resamples": 20}
     of_task = {"target": "label", "threshold": None, "regression": False, "pretrained": "train", "transductive": False}
     evals = {

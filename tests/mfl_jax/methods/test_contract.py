@@ -38,6 +38,7 @@ MORE = [
     "siamese:triplet",
     "dino:resnet",
     "dino:sinkhorn,registers",
+    "dino_regions",
     "mfl:all",
     "mfl:vicreg",
     "mfl:barlow,counts",

@@ -67,7 +67,7 @@ def raw_pixels(tileset: TileSet) -> float:
     return region_accuracy(he.reshape(len(he), -1).astype(np.float32) / 255, tileset)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"slpd"}))  # whose tiles are regions
 def test_a_trained_encoder_beats_raw_pixels_and_itself_untrained(name, tileset, tmp_path):
     config = configs.load(f"{synthetic.config_of(name)}:phantom,{WORDS.get(name, '')}")
     with config.unlocked():
