@@ -27,6 +27,7 @@ from mfl_jax import arms as runs_on_disk
 from mfl_jax import compare, evaluation, report, sharding
 from mfl_jax import config as configs
 from mfl_jax.bags import Bags, Table, from_embedded, of_cases, read_table, with_cases
+from mfl_jax.demo import keep_programs
 from mfl_jax.demo.arms import Arm, Size, spec, train_all
 from mfl_jax.evaluators import Embedded, Task, mil
 from mfl_jax.findings import ArmRuns, Seed
@@ -122,6 +123,7 @@ def train(work: Work, arms: Sequence[Arm]) -> dict[str, list[Path]]:
     for arm in arms:
         tell(f"  {arm.title} learns from {arm.what}.")
     chosen: dict[str, Any] = {"seeds": work.scale.seeds, "more": "", "side_by_side": available_cores()}
+    chosen["environment"] = keep_programs(work.shared / "programs")  # seeds differ in no program
     return train_all(work.shared, work.scale.size, work.shared / "set", arms=arms, tell=tell, **chosen)
 
 
