@@ -6,6 +6,7 @@ Transductive: on the half that is tested, without its labels, as the paper does.
 
 import functools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from input_pipeline.pool import available_cores
 from input_pipeline.regions import Params, assemble
 from input_pipeline.tileset import TileSet
-from mfl_jax import compare, data, encoder, slide_arms, slides, sweep, trained
+from mfl_jax import compare, data, slide_arms, sweep, trained
 from mfl_jax import config as loader
 from mfl_jax.arms import read_curve
 from mfl_jax.bags import Table, of_cases, read_folder, read_table
@@ -25,7 +26,6 @@ from mfl_jax.demo.arms import Arm, Size, spec
 from mfl_jax.demo.evidence import Work, command, tell
 from mfl_jax.evaluators import composition
 from mfl_jax.evaluators.slide_study import SlideArm, Study, key
-from mfl_jax.extract import extract
 from mfl_jax.report import tables
 from mfl_jax.statistics import Difference
 from mfl_jax.watch import TrainingFailed
@@ -56,12 +56,12 @@ LEVELS = {
     ),
     "small": Levels(
         Size("phantom", 64, 1536, 36, "total.steps=200"),
-        Size("phantom", 64, 1536, 36, "total.steps=200"),
-        side=8, step=4, seeds=3, folds=6, epochs=10,
+        Size("phantom", 64, 1536, 36, "total.steps=150"),
+        side=8, step=4, seeds=2, folds=6, epochs=10,
     ),
     "full": Levels(
-        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
-        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
+        Size("phantom", 64, 2048, 96, "total.steps=500,data.batch=128"),
+        Size("phantom", 64, 2048, 96, "total.steps=500,data.batch=128"),
         side=8, step=4, seeds=3, folds=10,
     ),
 }  # fmt: skip
@@ -104,15 +104,14 @@ def train_tiles(work: Work, levels: Levels) -> dict[str, Path]:
 
 
 def features(work: Work, runs: Mapping[str, Path]) -> dict[str, Path]:
-    """Every tile of every slide by each encoder, one h5 a slide."""
-    found = {}
-    for setting, run in runs.items():
-        found[setting] = work.out / "features" / setting
-        tell(f"Features of every tile, {setting}")
-        source = slides.of_tile_set(work.out / "set")
-        report = extract(source, encoder.of_run(run), found[setting], progress=False, say=tell)
-        if report.failed:
-            raise ValueError(f"features of {len(report.failed)} slides failed: see {found[setting] / 'status.csv'}")
+    """Every tile of every slide by each encoder, one h5 a slide; both at the same time."""
+    found = {setting: work.out / "features" / setting for setting in runs}
+
+    def one(setting: str) -> None:
+        command("extract", work.out / "set", "--run", runs[setting], "--out", found[setting], "--quiet")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, found))
     return found
 
 
