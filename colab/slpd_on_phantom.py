@@ -84,7 +84,7 @@ runs = levels.train_regions(work, scale, sets, arms)
 
 # %%
 brief = [arm.name for arm in OTHERS]
-regions, digests = levels.region_arms(runs, sets, tile_runs, arms, table, brief)
+regions, digests = levels.region_arms(runs, sets, arms, table, brief)
 tiles = levels.tile_arms(scale, folders, tile_runs, table)
 every = [*regions, *tiles, levels.colour_arm(work, table), *levels.truth_arms(work, table)]
 PAIRS = [

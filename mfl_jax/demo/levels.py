@@ -194,21 +194,19 @@ def tile_arms(levels: Levels, folders: Mapping[str, Path], runs: Mapping[str, Pa
 def region_arms(
     runs: Mapping[str, Mapping[str, Sequence[Path]]],
     sets: Mapping[str, Path],
-    tile_runs: Mapping[str, Path],
     arms: Mapping[str, Sequence[Arm]],
     table: Table,
     brief: Sequence[str] = (),
 ) -> tuple[list[SlideArm], dict[str, str]]:
     """Embeddings of regions by every run, and digests of checkpoints; arms in `brief` are not given to a head."""
-    asked, given, words = [], {}, {}
+    asked, words = [], {}
     for setting, members in arms.items():
-        behind = trained.read_run(tile_runs[setting])[1].train_cases
         for arm in members:
             name = _named(arm.name, setting)
             asked += [slide_arms.Asked(name, path, sets[setting]) for path in runs[setting][arm.name]]
-            given[name], words[name] = behind, arm
-    skip = {name: ("hipt",) for name in given if name in brief}
-    seen = slide_arms.seen_cases(asked, given)
+            words[name] = arm
+    skip = {name: ("hipt",) for name in words if name in brief}
+    seen = slide_arms.seen_cases(asked, {})
     made, digests = slide_arms.collect(asked, table, seen, skip=skip, say=tell)
     told = [replace(a, title=words[a.name].title, kind=words[a.name].kind, what=words[a.name].what) for a in made]
     return told, digests
