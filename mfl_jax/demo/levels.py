@@ -33,6 +33,7 @@ from mfl_jax.watch import TrainingFailed
 SETTINGS = {"inductive": "train", "transductive": "test"}  # the split that both levels are trained on
 BASE = Arm("tiles", "DINO on tiles", "baseline", "two large and four small crops of every tile", "dino_tiles:")
 KIND = "dominant kind of each tile, by the phantom's own map"
+TRUTH = {"mixture": "", "purity": ", and whether it holds another", "arrangement": ", by that of its neighbours"}
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,16 @@ def train_regions(
 
 
 def truth_arms(work: Work, table: Table) -> list[SlideArm]:
-    """What is written on the slides: the mixture of kinds of tile, and which kinds lie beside which."""
+    """What is written on the slides: the mixture of kinds of tile, how many tiles hold several, and which kinds lie
+    beside which."""
     tileset = TileSet.open(work.out / "set")
     columns: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in tileset.tiles.items()}
     columns |= {"slide": np.array(tileset.slides)[columns["slide"]], "case": np.array(tileset.cases)[columns["case"]]}
     ids, found = np.arange(len(tileset)), []
-    for way, title in (("mixture", "Truth: mixture"), ("arrangement", "Truth: arrangement")):
+    for way, beside in TRUTH.items():
         bags = slide_arms.bags_of(composition.embedded(columns, ids, way), "he", table, tileset.root)
-        told = KIND if way == "mixture" else f"{KIND}, by that of its neighbours"
-        found.append(SlideArm(way, (bags,), (), title, "ceiling", told, skip=("hipt",)))
+        told: dict[str, Any] = {"kind": "ceiling", "what": f"{KIND}{beside}", "skip": ("hipt",)}
+        found.append(SlideArm(way, (bags,), (), f"Truth: {way}", **told))
     return found
 
 
@@ -257,9 +259,9 @@ def written(study: Study) -> str:
     share = max(study.draws)
     told = []
     for way, title in (("knn", "nearest neighbours"), ("linear", "a linear classifier")):
-        values = [study.scored[name, way, share].metrics.get("auc") for name in ("mixture", "arrangement")]
-        mixture, arrangement = (tables.figure(v.value if v else None) for v in values)
-        told.append(f"{title} {mixture} from the mixture, {arrangement} from the arrangement")
+        values = {name: study.scored[name, way, share].metrics.get("auc") for name in TRUTH}
+        each = (f"{tables.figure(v.value if v else None)} from the {name}" for name, v in values.items())
+        told.append(f"{title} {', '.join(each)}")
     return f"What is written on the slides (AUC by the phantom's own map of kinds of tile): {'; '.join(told)}."
 
 
