@@ -9,7 +9,9 @@
 #
 # Here it is put to slides whose truth is known, with each term off and on, other numbers of prototypes and neighbours,
 # heads that read tiles without regions, three seeds, intervals over cases and paired differences. The subtype is in how
-# tumour nests and immune cells lie, not in how much there is of them. Nothing here is evidence about real tissue.
+# tumour nests and immune cells lie, not in how much there is of them; but wherever two kinds of tissue meet there are
+# tiles that hold both, and these tell a mean of tiles of the arrangement as well: how much, the arms of *Truth* say.
+# Nothing here is evidence about real tissue.
 #
 # Every figure is of one half of the cases, by folds of patients. *Inductive* arms were trained on the other half: one
 # split, not one pre-training a fold. *Transductive* ones were trained on the tested half, without its labels, for as
@@ -84,7 +86,7 @@ runs = levels.train_regions(work, scale, sets, arms)
 
 # %%
 brief = [arm.name for arm in OTHERS]
-regions, digests = levels.region_arms(runs, sets, tile_runs, arms, table, brief)
+regions, digests = levels.region_arms(runs, sets, arms, table, brief)
 tiles = levels.tile_arms(scale, folders, tile_runs, table)
 every = [*regions, *tiles, levels.colour_arm(work, table), *levels.truth_arms(work, table)]
 PAIRS = [
@@ -92,7 +94,7 @@ PAIRS = [
     ("slpd", "intra"), ("slpd", "inter"), ("slpd", "abmil"), ("slpd", "clam"), ("dino", "abmil"), ("mean", "colour"),
     ("slpd-k2", "slpd"), ("slpd-n3", "slpd"), ("slpd-k2-n3", "slpd"),
     ("slpd-seen", "dino-seen"), ("dino-seen", "dino"), ("slpd-seen", "slpd"), ("mean-seen", "mean"),
-    ("arrangement", "mixture"),
+    ("arrangement", "mixture"), ("purity", "mixture"),
 ]  # fmt: skip
 options = {"folds": scale.folds, "epochs": scale.epochs, "resamples": scale.resamples, "pairs": PAIRS}
 study = slide_study.study(every, table, transductive=True, **options, say=evidence.tell)

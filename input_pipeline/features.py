@@ -15,6 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from input_pipeline.files import read_json
+
+ENCODER = "encoder.json"
 TRIDENT = ("patch_size", "level0_magnification", "target_magnification")
 DEFLATED = 1100  # zlib never makes data smaller than by about 1,032
 
@@ -67,6 +70,18 @@ class Head:
     encoder: str
     encoder_sha256: str
     case_id: str
+
+
+def encoder_cases(folder: str | os.PathLike, encoder_sha256: str) -> tuple[str, ...] | None:
+    """Cases that the encoder of these features was trained on, as `mfl extract` writes beside them, or above where a
+    layout has folders of its own; None where nothing says, or says it of another encoder."""
+    folder = Path(folder).absolute()
+    for place in (folder, *folder.parents[:2]):
+        if (place / ENCODER).is_file():
+            about = read_json(place / ENCODER, "written by mfl extract")
+            told = about.get("train_cases") if about.get("encoder_sha256") == encoder_sha256 else None
+            return None if told is None else tuple(map(str, told))
+    return None
 
 
 def read_head(path: str | os.PathLike) -> Head:

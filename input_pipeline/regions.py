@@ -18,7 +18,7 @@ import numpy as np
 
 from input_pipeline import cohort, pool
 from input_pipeline.describe import Labels
-from input_pipeline.features import Bag, BagError, Head, find_folder, read_bag, read_head
+from input_pipeline.features import Bag, BagError, Head, encoder_cases, find_folder, read_bag, read_head
 from input_pipeline.files import facts, only_one
 from input_pipeline.ledger import Ledger, Stopwatch
 from input_pipeline.table import read_rows
@@ -80,7 +80,7 @@ def assemble(
     out, params, report = Path(out), params or Params(), Report()
     slides, heads = _slides(find_folder(features), table, written_slides(out), report.failed, say)
     labels = Labels.of(slides)
-    spec = specification(heads, params, labels)
+    spec = specification(heads, params, labels, find_folder(features))
     with only_one(out):
         old, before = previous(out, spec, [s.slide_id for s in slides])
         classes = [labels.label(s) for s in slides]
@@ -155,8 +155,9 @@ def _listed(table: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def specification(heads: Mapping[str, Head], params: Params, labels: Labels) -> Spec:
-    """That of most files; a file that does not agree fails by itself."""
+def specification(heads: Mapping[str, Head], params: Params, labels: Labels, folder: Path) -> Spec:
+    """That of most files; a file that does not agree fails by itself. It knows the cases that the encoder of the tiles
+    has seen, where these are known: what is trained on its regions has seen them too."""
     if not heads:
         raise BagError("there is no readable file of features")
     alike = Counter(_kind(head, params) for head in heads.values())
@@ -168,6 +169,8 @@ def specification(heads: Mapping[str, Head], params: Params, labels: Labels) -> 
         raise BagError("the files do not say how large a tile is: give --tile-size (px) and --mpp (um per px)")
     described: dict[str, Any] = {"importer": "regions", "regions": asdict(params), "tile_px": size, "tile_mpp": mpp}
     described |= {"encoder": encoder, "encoder_sha256": sha, "classes": labels.classes}
+    if (seen := encoder_cases(folder, sha)) is not None:
+        described["train_cases"] = list(seen)
     return Spec(
         params.name,
         params.tiles,

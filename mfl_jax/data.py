@@ -28,7 +28,7 @@ class Facts:
     shapes: dict[str, tuple[tuple[int, ...], str]]  # entry of the batch -> shape without the rows, dtype
     label_names: tuple[str, ...]
     examples: int
-    train_cases: tuple[str, ...] = ()  # of the split that is trained on: no figure may be of them
+    train_cases: tuple[str, ...] = ()  # of the split that is trained on, or behind it: no figure may be of them
     slides: int = 0  # of the whole tile set: `slide` and `id` of a batch are below these two; 0 where it is not known
     records: int = 0
 
@@ -61,7 +61,8 @@ def facts(reading: Any) -> Facts:
         shapes |= {f"{beside}_he": shapes["he"], f"{beside}_mask": ((), "bool")}
     shapes |= {"mask": ((), "bool"), "id": ((), "int32")}
     shapes |= {name: ((), _narrow(tileset.tiles[name].dtype)) for name in (*COLUMNS, *reading.columns)}
-    examples, cases = _examples(reading, tileset), tuple(tileset.splits[reading.split])
+    behind = spec.params.get("train_cases", ())  # of the encoder that made the features of a set of regions
+    examples, cases = _examples(reading, tileset), tuple(dict.fromkeys((*tileset.splits[reading.split], *behind)))
     whole = {"slides": len(tileset.slides), "records": len(tileset)}
     return Facts(spec.size, spec.mpp, modalities, shapes, spec.label_names, examples, cases, **whole)
 

@@ -1,7 +1,7 @@
 """What `mfl slides` is given as arms: folders of feature files, runs with the tile set that they embed, tile sets."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from input_pipeline.files import read_json
 from mfl_jax import bags as files
-from mfl_jax import sharding, trained
+from mfl_jax import sharding, store, trained
 from mfl_jax.bags import Bags, Table
 from mfl_jax.config import flatten
 from mfl_jax.evaluators.embed import Embedded, colour_statistics, embed_set, mean_of_tiles
@@ -75,7 +75,7 @@ def _told(one: Asked) -> tuple[str, ...] | None:
     """Cases that lie behind what an arm is made of, beside those of its own run."""
     if one.tileset or is_set(one.path):
         return _behind(one.tileset or one.path)
-    return _noted(one.path)
+    return store.trained_cases(files.find_folder(one.path))
 
 
 def _behind(path: Path) -> tuple[str, ...] | None:
@@ -87,29 +87,15 @@ def _behind(path: Path) -> tuple[str, ...] | None:
     return None if told is None else tuple(map(str, told))
 
 
-def _noted(folder: Path) -> tuple[str, ...] | None:
-    """What `mfl extract` wrote of its encoder beside the features."""
-    beside = files.find_folder(folder) / "encoder.json"
-    told = read_json(beside, "written by mfl extract").get("train_cases") if beside.is_file() else None
-    return None if told is None else tuple(map(str, told))
-
-
 def kept(table: Table, seen: Mapping[str, tuple[str, ...] | None]) -> tuple[Table, tuple[str, ...]]:
     """The slides of cases that no arm has seen, and what to say of it."""
     barred = {case for cases in seen.values() for case in cases or ()}
-    rows = [i for i, case in enumerate(table.cases) if case not in barred]
-    if not rows:
+    open_cases = [case for case in table.cases if case not in barred]
+    if not open_cases:
         raise ValueError(f"every one of the {len(set(table.cases))} cases was seen by some arm: none is held out")
-
-    def take(values: Sequence) -> tuple:
-        return tuple(values[i] for i in rows)
-
-    left = len(set(table.cases)) - len({table.cases[i] for i in rows})
-    pictures = take(table.pictures) if table.pictures else ()
-    some = replace(
-        table, slides=take(table.slides), cases=take(table.cases), labels=table.labels[rows], pictures=pictures
-    )
-    return some, (f"Held out: {left} cases that some encoder was trained on are in no figure.",) if left else ()
+    left = len(set(table.cases) & barred)
+    said = (f"Held out: {left} cases that some encoder was trained on are in no figure.",) if left else ()
+    return files.of_cases(table, open_cases), said
 
 
 def collect(

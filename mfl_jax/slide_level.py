@@ -25,7 +25,7 @@ BY_FOLD = "auc_by_fold"
 DRAWN = 6  # arms in one plot
 FEW_CASES = 30
 MODES = {
-    "transductive": "its encoder was trained on slides that are tested, without their labels, as the paper does",
+    "transductive": "its encoder was trained on cases that are tested (as the paper does, without their labels)",
     "inductive": "its encoder has seen no case that is tested (checked)",
     "unknown": "which cases its encoder was trained on was not said: of those, figures are too good",
 }

@@ -24,6 +24,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from input_pipeline.features import ENCODER
 from input_pipeline.files import read_json, write_json
 from input_pipeline.table import read_rows
 from input_pipeline.tile import unguarded, write_status_table
@@ -36,7 +37,6 @@ DTYPES = {
     "trident": ("float32", "float16"),
     "stamp": ("float16",),
 }
-ENCODER = "encoder.json"
 STAMP_VERSION = "2.1.0"  # its readers refuse a newer one than their own
 
 

@@ -27,6 +27,7 @@ from mfl_jax import arms as runs_on_disk
 from mfl_jax import compare, evaluation, report, sharding
 from mfl_jax import config as configs
 from mfl_jax.bags import Bags, Table, from_embedded, of_cases, read_table, with_cases
+from mfl_jax.demo import keep_programs
 from mfl_jax.demo.arms import Arm, Size, spec, train_all
 from mfl_jax.evaluators import Embedded, Task, mil
 from mfl_jax.findings import ArmRuns, Seed
@@ -55,12 +56,12 @@ SCALES = {
         paired=4, seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
     ),
     "small": Scale(
-        Size("phantom", 64, 1024, 40, "total.steps=250"),
+        Size("phantom", 64, 1024, 40, "total.steps=200"),
         paired=16, seeds=3, folds=4, inner=2, settings=mil.Settings(epochs=30, patience=6),
     ),
     "full": Scale(
-        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
-        paired=40, seeds=3, folds=5, inner=3, settings=mil.Settings(),
+        Size("phantom", 64, 2048, 80, "total.steps=600,data.batch=128"),
+        paired=32, seeds=3, folds=5, inner=3, settings=mil.Settings(),
     ),
 }  # fmt: skip
 
@@ -122,6 +123,7 @@ def train(work: Work, arms: Sequence[Arm]) -> dict[str, list[Path]]:
     for arm in arms:
         tell(f"  {arm.title} learns from {arm.what}.")
     chosen: dict[str, Any] = {"seeds": work.scale.seeds, "more": "", "side_by_side": available_cores()}
+    chosen["environment"] = keep_programs(work.shared / "programs")  # seeds differ in no program
     return train_all(work.shared, work.scale.size, work.shared / "set", arms=arms, tell=tell, **chosen)
 
 
@@ -150,7 +152,18 @@ def features(
     for arm in made.arms:
         known = words.get(arm.name)
         told.append(replace(arm, title=known.title, kind=known.kind, what=known.what) if known else arm)
-    return Found(tuple(told), made.columns, made.digests, made.notes)
+    ranks = (f"{arm.title} {np.mean([effective_rank(s.features) for s in arm.seeds]):.1f}" for arm in told)
+    spread = f"Effective rank of the features, each scaled to deviation 1 (mean over seeds): {', '.join(ranks)}."
+    tell(spread)
+    return Found(tuple(told), made.columns, made.digests, (*made.notes, spread))
+
+
+def effective_rank(features: np.ndarray, rows: int = 4000) -> float:
+    """The participation ratio of the spectrum of a part of the rows: how many directions the features make use of."""
+    x = np.asarray(features[:: max(1, len(features) // rows)], np.float64)
+    x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)
+    power = np.linalg.eigvalsh(x.T @ x)
+    return float(power.sum() ** 2 / np.square(power).sum())
 
 
 def named(arm: ArmRuns, name: str, title: str) -> ArmRuns:
@@ -189,8 +202,10 @@ def slide_arms(
                     np.savez(file, **kept_arrays)
             for head in heads:
                 scores[head].append(stored[head])
-        for head in heads:
+        for number, head in enumerate(heads):
             runs = tuple(_seed(s, task, x) for s, x in zip(arm.seeds, scores[head], strict=True))
+            if number:
+                runs = tuple(replace(run, curve=None) for run in runs)  # one training is drawn once
             every.append(replace(arm, name=f"{arm.name}/{head}", title=f"{arm.title}, {head}", seeds=runs))
     return every
 

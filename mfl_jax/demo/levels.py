@@ -6,6 +6,7 @@ Transductive: on the half that is tested, without its labels, as the paper does.
 
 import functools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ import numpy as np
 from input_pipeline.pool import available_cores
 from input_pipeline.regions import Params, assemble
 from input_pipeline.tileset import TileSet
-from mfl_jax import compare, data, encoder, slide_arms, slides, sweep, trained
+from mfl_jax import compare, data, slide_arms, sweep, trained
 from mfl_jax import config as loader
 from mfl_jax.arms import read_curve
 from mfl_jax.bags import Table, of_cases, read_folder, read_table
+from mfl_jax.demo import keep_programs
 from mfl_jax.demo.arms import Arm, Size, spec
 from mfl_jax.demo.evidence import Work, command, tell
 from mfl_jax.evaluators import composition
 from mfl_jax.evaluators.slide_study import SlideArm, Study, key
-from mfl_jax.extract import extract
 from mfl_jax.report import tables
 from mfl_jax.statistics import Difference
 from mfl_jax.watch import TrainingFailed
@@ -32,6 +33,7 @@ from mfl_jax.watch import TrainingFailed
 SETTINGS = {"inductive": "train", "transductive": "test"}  # the split that both levels are trained on
 BASE = Arm("tiles", "DINO on tiles", "baseline", "two large and four small crops of every tile", "dino_tiles:")
 KIND = "dominant kind of each tile, by the phantom's own map"
+TRUTH = {"mixture": "", "purity": ", and whether it holds another", "arrangement": ", by that of its neighbours"}
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ LEVELS = {
     ),
     "small": Levels(
         Size("phantom", 64, 1536, 36, "total.steps=200"),
-        Size("phantom", 64, 1536, 36, "total.steps=200"),
-        side=8, step=4, seeds=3, folds=6, epochs=10,
+        Size("phantom", 64, 1536, 36, "total.steps=150"),
+        side=8, step=4, seeds=2, folds=6, epochs=10,
     ),
     "full": Levels(
-        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
-        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
+        Size("phantom", 64, 2048, 96, "total.steps=500,data.batch=128"),
+        Size("phantom", 64, 2048, 96, "total.steps=500,data.batch=128"),
         side=8, step=4, seeds=3, folds=10,
     ),
 }  # fmt: skip
@@ -71,7 +73,8 @@ def _train(work: Work, folder: Path, specs: Mapping[str, str]) -> dict[str, Path
     for text in specs.values():  # what cannot be is said before the first is trained
         data.facts(loader.Reading(loader.load(text)).data)
     jobs = [sweep.Job(name, text, folder / name) for name, text in specs.items()]
-    submit = functools.partial(sweep.local, side_by_side=available_cores())
+    kept = keep_programs(work.out / "programs")  # seeds differ in no program
+    submit = functools.partial(sweep.local, side_by_side=available_cores(), environment=kept)
     if failed := sweep.run(jobs, folder, submit, say=tell):
         raise TrainingFailed("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
     return {job.name: job.workdir for job in jobs}
@@ -102,15 +105,14 @@ def train_tiles(work: Work, levels: Levels) -> dict[str, Path]:
 
 
 def features(work: Work, runs: Mapping[str, Path]) -> dict[str, Path]:
-    """Every tile of every slide by each encoder, one h5 a slide."""
-    found = {}
-    for setting, run in runs.items():
-        found[setting] = work.out / "features" / setting
-        tell(f"Features of every tile, {setting}")
-        source = slides.of_tile_set(work.out / "set")
-        report = extract(source, encoder.of_run(run), found[setting], progress=False, say=tell)
-        if report.failed:
-            raise ValueError(f"features of {len(report.failed)} slides failed: see {found[setting] / 'status.csv'}")
+    """Every tile of every slide by each encoder, one h5 a slide; both at the same time."""
+    found = {setting: work.out / "features" / setting for setting in runs}
+
+    def one(setting: str) -> None:
+        command("extract", work.out / "set", "--run", runs[setting], "--out", found[setting], "--quiet")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(one, found))
     return found
 
 
@@ -157,15 +159,16 @@ def train_regions(
 
 
 def truth_arms(work: Work, table: Table) -> list[SlideArm]:
-    """What is written on the slides: the mixture of kinds of tile, and which kinds lie beside which."""
+    """What is written on the slides: the mixture of kinds of tile, how many tiles hold several, and which kinds lie
+    beside which."""
     tileset = TileSet.open(work.out / "set")
     columns: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in tileset.tiles.items()}
     columns |= {"slide": np.array(tileset.slides)[columns["slide"]], "case": np.array(tileset.cases)[columns["case"]]}
     ids, found = np.arange(len(tileset)), []
-    for way, title in (("mixture", "Truth: mixture"), ("arrangement", "Truth: arrangement")):
+    for way, beside in TRUTH.items():
         bags = slide_arms.bags_of(composition.embedded(columns, ids, way), "he", table, tileset.root)
-        told = KIND if way == "mixture" else f"{KIND}, by that of its neighbours"
-        found.append(SlideArm(way, (bags,), (), title, "ceiling", told, skip=("hipt",)))
+        told: dict[str, Any] = {"kind": "ceiling", "what": f"{KIND}{beside}", "skip": ("hipt",)}
+        found.append(SlideArm(way, (bags,), (), f"Truth: {way}", **told))
     return found
 
 
@@ -193,21 +196,19 @@ def tile_arms(levels: Levels, folders: Mapping[str, Path], runs: Mapping[str, Pa
 def region_arms(
     runs: Mapping[str, Mapping[str, Sequence[Path]]],
     sets: Mapping[str, Path],
-    tile_runs: Mapping[str, Path],
     arms: Mapping[str, Sequence[Arm]],
     table: Table,
     brief: Sequence[str] = (),
 ) -> tuple[list[SlideArm], dict[str, str]]:
     """Embeddings of regions by every run, and digests of checkpoints; arms in `brief` are not given to a head."""
-    asked, given, words = [], {}, {}
+    asked, words = [], {}
     for setting, members in arms.items():
-        behind = trained.read_run(tile_runs[setting])[1].train_cases
         for arm in members:
             name = _named(arm.name, setting)
             asked += [slide_arms.Asked(name, path, sets[setting]) for path in runs[setting][arm.name]]
-            given[name], words[name] = behind, arm
-    skip = {name: ("hipt",) for name in given if name in brief}
-    seen = slide_arms.seen_cases(asked, given)
+            words[name] = arm
+    skip = {name: ("hipt",) for name in words if name in brief}
+    seen = slide_arms.seen_cases(asked, {})
     made, digests = slide_arms.collect(asked, table, seen, skip=skip, say=tell)
     told = [replace(a, title=words[a.name].title, kind=words[a.name].kind, what=words[a.name].what) for a in made]
     return told, digests
@@ -258,9 +259,9 @@ def written(study: Study) -> str:
     share = max(study.draws)
     told = []
     for way, title in (("knn", "nearest neighbours"), ("linear", "a linear classifier")):
-        values = [study.scored[name, way, share].metrics.get("auc") for name in ("mixture", "arrangement")]
-        mixture, arrangement = (tables.figure(v.value if v else None) for v in values)
-        told.append(f"{title} {mixture} from the mixture, {arrangement} from the arrangement")
+        values = {name: study.scored[name, way, share].metrics.get("auc") for name in TRUTH}
+        each = (f"{tables.figure(v.value if v else None)} from the {name}" for name, v in values.items())
+        told.append(f"{title} {', '.join(each)}")
     return f"What is written on the slides (AUC by the phantom's own map of kinds of tile): {'; '.join(told)}."
 
 

@@ -11,13 +11,15 @@ import numpy as np
 from input_pipeline.features import spacing
 from mfl_jax.evaluators.embed import Embedded
 
-WAYS = ("mixture", "arrangement")
+WAYS = ("mixture", "purity", "arrangement")
+PURE = 0.95
 SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 
 def embedded(columns: Mapping[str, np.ndarray], ids: np.ndarray, way: str, column: str = "region") -> Embedded:
-    """'mixture': the kind of each tile, one of K. 'arrangement': for each tile the kinds of its neighbours on the four
-    sides, by its own kind [K * K]; their mean over a slide says which kinds lie beside which."""
+    """'mixture': the kind of each tile, one of K. 'purity' [2 K]: the same, apart for tiles that hold little else; tiles
+    where kinds meet hold several, so that it tells of the arrangement too. 'arrangement' [K * K]: for each tile the
+    kinds of its neighbours on the four sides, by its own kind; over a slide, which kinds lie beside which."""
     if way not in WAYS:
         raise ValueError(f"way is {way!r}; there are {', '.join(WAYS)}")
     if column not in columns:
@@ -26,7 +28,11 @@ def embedded(columns: Mapping[str, np.ndarray], ids: np.ndarray, way: str, colum
     if kinds.min() < 0:
         raise ValueError(f"column {column!r} is not known of {int((kinds < 0).sum())} tiles")
     own = np.eye(kinds.max() + 1, dtype=np.float32)[kinds]
-    features = own if way == "mixture" else _beside(own, columns)
+    if way == "purity":
+        pure = np.asarray(columns[f"{column}_share"])[:, None] >= PURE
+        features = np.concatenate([own * pure, own * ~pure], 1)
+    else:
+        features = own if way == "mixture" else _beside(own, columns)
     return Embedded({"he": features}, ids, dict(columns))
 
 

@@ -6,7 +6,9 @@ import pytest
 from configs import common
 from input_pipeline.files import read_json, write_json
 from input_pipeline.tileset import Record, Spec, TileSet, finish, write_slide
-from mfl_jax import bags, methods, slide_arms, train, trained
+from mfl_jax import bags, data, methods, slide_arms, train, trained
+from mfl_jax.config import Reading
+from tests.input_pipeline import test_regions
 from tests.mfl_jax import toy
 
 SIZE = 8
@@ -81,6 +83,22 @@ def test_a_set_of_regions_that_does_not_say_whose_tiles_leaves_it_open(root, tmp
     manifest["spec"]["params"]["train_cases"] = ["c3"]
     write_json(tmp_path / "manifest.json", manifest)
     assert slide_arms.seen_cases(asked, {}) == {"toy": ("c0", "c1", "c3")}
+
+
+def test_what_is_trained_on_regions_has_seen_what_the_encoder_of_their_tiles_has(tmp_path):
+    folder = tmp_path / "features"
+    for name in ("a", "b"):
+        test_regions.write(folder / f"{name}.h5", test_regions.cells_of(0, 8, 8))
+    about = {"encoder": "e", "encoder_sha256": "a" * 64, "train_cases": ["c7", "pa"]}
+    write_json(folder / "encoder.json", about)
+    test_regions.run(folder, tmp_path / "regions", splits={"train": ["pa"], "test": ["pb"]})
+    made = toy.config()
+    made.data = common.data(str(tmp_path / "regions"), batch=1)
+    assert data.facts(Reading(made).data).train_cases == ("pa", "c7")
+    write_json(folder / "encoder.json", about | {"encoder_sha256": "b" * 64})
+    test_regions.run(folder, tmp_path / "others", splits={"train": ["pa"], "test": ["pb"]})
+    assert slide_arms._behind(tmp_path / "regions") == ("c7", "pa")
+    assert slide_arms._behind(tmp_path / "others") is None
 
 
 def test_what_does_not_fit_is_refused(root, tmp_path):

@@ -20,7 +20,7 @@ def test_a_claim_is_shown_by_its_paired_difference_alone():
     bags, table = slides_made.slides(shift=4.0)
     dull = slides_made.slides(shift=0.0)[0]
     arms = [SlideArm(name, (dull if name in ("mean", "mixture") else bags,), (), title=name.upper()) for name in
-            ("slpd", "dino", "mean", "mixture", "arrangement")]  # fmt: skip
+            ("slpd", "dino", "mean", "mixture", "purity", "arrangement")]  # fmt: skip
     pairs = [("slpd", "dino"), ("dino", "mean")]
     study = slide_study.study(arms, table, ("knn", "linear"), folds=4, resamples=500, retrieve=False, pairs=pairs)
     told = levels.compared(study, "knn", 1.0, "slpd", "dino")

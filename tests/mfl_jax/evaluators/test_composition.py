@@ -29,6 +29,12 @@ def test_the_mixture_is_the_same_where_the_arrangement_is_not():
     np.testing.assert_array_equal(pairs[1], [[0, 10], [10, 0]])
 
 
+def test_tiles_that_hold_little_else_are_told_apart():
+    given = columns([["011"]]) | {"region_share": np.array([1.0, 0.6, 0.95])}
+    found = composition.embedded(given, np.arange(3), "purity").features["he"]
+    np.testing.assert_array_equal(found, [[1, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]])
+
+
 def test_neighbours_are_of_one_slide_and_no_farther_than_a_step():
     given = columns([["0.1", "0.."], ["01"], ["1", ".", "."]])
     beside = composition.embedded(given, np.arange(6), "arrangement").features["he"]
