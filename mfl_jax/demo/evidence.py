@@ -53,7 +53,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(
         Size("tiny", 64, 640, 12),
-        paired=4, seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
+        paired=3, seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
     ),
     "small": Scale(
         Size("phantom", 64, 1024, 40, "total.steps=200"),

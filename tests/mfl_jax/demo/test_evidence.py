@@ -14,8 +14,8 @@ import pytest
 from mfl_jax import report
 from mfl_jax.bags import Table
 from mfl_jax.demo import claims, evidence
-from mfl_jax.evaluation import ArmRuns, Seed
 from mfl_jax.evaluators import LeakError, mil
+from mfl_jax.findings import ArmRuns, Seed
 
 ROOT = Path(__file__).parents[3]
 CASES, TILES, DIM = 16, 12, 4
