@@ -71,6 +71,7 @@ def assemble(
     pairs: Sequence[tuple[str, str]] | None = None,
     few_pairs: Sequence[tuple[str, str]] | None = None,
     targets: Mapping[str, np.ndarray] | None = None,
+    slide_probe: bool = True,
     transductive: bool = False,
     resamples: int = 2000,
     seed: int = 0,
@@ -78,9 +79,10 @@ def assemble(
 ) -> dict[str, Any]:
     """arms, tasks, differences, labels, curves, intervals and reliability of results.json; the rest is the caller's.
 
-    pairs      arms whose differences are wanted; all pairs where it is None
-    few_pairs  the same on FEW of the labels, where an arm that was trained on as few stands beside probes
-    targets    summaries of the partners (evaluators.decode.summaries), for the kind 'decode'
+    pairs         arms whose differences are wanted; all pairs where it is None
+    few_pairs     the same on FEW of the labels, where an arm that was trained on as few stands beside probes
+    targets       summaries of the partners (evaluators.decode.summaries), for the kind 'decode'
+    slide_probe   whether 'batch_effect' fits a linear probe over slides, beside what takes no fit
 
     The key of a metric is 'task/auc' for the probe and 'task/kind/auc' for the others. LeakError where an arm was
     trained on cases of the validation or test split, unless `transductive`, which marks its title.
@@ -88,7 +90,9 @@ def assemble(
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"arms have different names, and there is at least one; not {names}")
-    asked = Asked(columns, splits, pairs, few_pairs, transductive, resamples, seed, say or (lambda line: None))
+    asked = Asked(
+        columns, splits, pairs, few_pairs, slide_probe, transductive, resamples, seed, say or (lambda line: None)
+    )
     found = Found({name: {} for name in names}, {arm.name: [{} for _ in arm.seeds] for arm in arms})
     for arm in arms:
         for run in arm.seeds:
@@ -226,7 +230,8 @@ def _batch_effect(arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
     chances: dict[str, float] = {}
     for arm in arms:
         asked.say(f"batch effect: {arm.title}")
-        each = [batch_effect.measure(run.features, asked.columns, **asked.drawn()) for run in arm.seeds]
+        options: dict[str, Any] = {"linear": asked.slide_probe, **asked.drawn()}
+        each = [batch_effect.measure(run.features, asked.columns, **options) for run in arm.seeds]
         for number, one in enumerate(each):
             findings.note(found, arm, "batch_effect", one.notes)
             values = {f"batch_effect/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
@@ -238,6 +243,8 @@ def _batch_effect(arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
             found.metrics[arm.name][f"batch_effect/{name}"] = shown
     rows = []
     for name, title in titles.items():
+        if name == "linear" and not asked.slide_probe:
+            continue
         row = {"key": f"batch_effect/{name}", "title": title, "better": "lower"}
         rows.append(row | ({"chance": chances[name]} if name in chances else {}))
     what = "How well do the features name the slide? What names it (stain, scanner) may stand in for what is asked."
