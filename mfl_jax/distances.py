@@ -64,7 +64,8 @@ def of_slides(arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
     chances: dict[str, float] = {}
     for arm in arms:
         asked.say(f"batch effect: {arm.title}")
-        each = [batch_effect.measure(run.features, asked.columns, **asked.drawn()) for run in arm.seeds]
+        options: dict[str, Any] = {"linear": asked.slide_probe, **asked.drawn()}
+        each = [batch_effect.measure(run.features, asked.columns, **options) for run in arm.seeds]
         for number, one in enumerate(each):
             findings.note(found, arm, "batch_effect", one.notes)
             values = {f"batch_effect/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
@@ -76,6 +77,8 @@ def of_slides(arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
             found.metrics[arm.name][f"batch_effect/{name}"] = shown
     rows = []
     for name, title in titles.items():
+        if name == "linear" and not asked.slide_probe:
+            continue
         row = {"key": f"batch_effect/{name}", "title": title, "better": "lower"}
         rows.append(row | ({"chance": chances[name]} if name in chances else {}))
     what = "How well do the features name the slide? What names it (stain, scanner) may stand in for what is asked."

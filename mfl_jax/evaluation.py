@@ -73,6 +73,7 @@ def assemble(
     few_pairs: Sequence[tuple[str, str]] | None = None,
     targets: Mapping[str, np.ndarray] | None = None,
     limits: tuple[float, float] = (0.0, 0.0),
+    slide_probe: bool = True,
     transductive: bool = False,
     resamples: int = 2000,
     seed: int = 0,
@@ -80,10 +81,11 @@ def assemble(
 ) -> dict[str, Any]:
     """arms, tasks, differences, labels, curves, intervals and reliability of results.json; the rest is the caller's.
 
-    pairs      arms whose differences are wanted; all pairs where it is None
-    few_pairs  the same on FEW of the labels, where an arm that was trained on as few stands beside probes
-    targets    summaries of the partners (evaluators.decode.summaries), for the kind 'decode'
-    limits     um below which a pair of tiles is near and above which it is far, for the kind 'distance_ratio'
+    pairs         arms whose differences are wanted; all pairs where it is None
+    few_pairs     the same on FEW of the labels, where an arm that was trained on as few stands beside probes
+    targets       summaries of the partners (evaluators.decode.summaries), for the kind 'decode'
+    limits        um below which a pair of tiles is near and above which it is far, for the kind 'distance_ratio'
+    slide_probe   whether 'batch_effect' fits a linear probe over slides, beside what takes no fit
 
     The key of a metric is 'task/auc' for the probe and 'task/kind/auc' for the others. LeakError where an arm was
     trained on cases of the validation or test split, unless `transductive`, which marks its title.
@@ -91,7 +93,9 @@ def assemble(
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"arms have different names, and there is at least one; not {names}")
-    asked = Asked(columns, splits, pairs, few_pairs, transductive, resamples, seed, say or (lambda line: None))
+    asked = Asked(
+        columns, splits, pairs, few_pairs, slide_probe, transductive, resamples, seed, say or (lambda line: None)
+    )
     found = Found({name: {} for name in names}, {arm.name: [{} for _ in arm.seeds] for arm in arms})
     for arm in arms:
         for run in arm.seeds:

@@ -80,6 +80,7 @@ class Asked:
     splits: Mapping[str, Sequence]
     pairs: Sequence[tuple[str, str]] | None
     few_pairs: Sequence[tuple[str, str]] | None
+    slide_probe: bool
     transductive: bool
     resamples: int
     seed: int

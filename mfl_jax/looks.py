@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from input_pipeline.tileset import Partner, TileSet
 
 MARKER = "marker"  # what a channel is called, in any case of letters, that a truth is taken from unasked
-TILES, DRAWN, STEPS = 120, 8, 16
+TILES, DRAWN, STEPS = 120, 8, 8
 MIXED = (0.2, 0.8)  # shares of a tile that hold some of both
 NONE = "none"
 

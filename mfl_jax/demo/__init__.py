@@ -140,6 +140,7 @@ def _evaluate(
     evaluation.check(KINDS, [TASK], tileset, PARTNERS)
     targets = {n: v for n, v in decode.summaries(tileset, PARTNERS).items() if n in DECODED}
     options = {"kinds": KINDS, "pairs": PAIRS, "few_pairs": FEW_PAIRS, "targets": targets, "say": tell}
+    options["slide_probe"] = False  # over 44 slides it costs as much as all other evaluations together
     results = evaluation.assemble(arms, collected.columns, tileset.splits, [TASK], **options)
     results["labels"].append(_few_labels(results))
     words = {TASK.name: TASK_WORDS} | {f"decode/{name}": GAINED for name in PARTNERS[:1]}

@@ -33,10 +33,12 @@ def measure(
     *,
     within: str | None = None,
     apart_um: float = 0.0,
+    linear: bool = True,
     seed: int = 0,
     resamples: int = 1000,
 ) -> BatchEffect:
-    """The slide of a tile's nearest neighbour, a linear probe over slides, and the silhouette.
+    """The slide of a tile's nearest neighbour, a linear probe over slides (with `linear`; it takes most of the time),
+    and the silhouette.
 
     within    a column ('region'): neighbours are of the same value, so that tissue alone does not name the slide
     apart_um  neighbours of the same slide are at least so far away (columns x, y, mpp), since they overlap or touch
@@ -65,9 +67,9 @@ def measure(
     chance = {"nearest": float(np.mean((own / np.maximum(counts.sum(1), 1))[usable]))}
     scores = {"nearest": ((slide[nearest] == slide).astype(float), usable), "silhouette": _silhouette(close, slide)}
     notes = []
-    if len(names) <= MOST_SLIDES:
+    if linear and len(names) <= MOST_SLIDES:
         scores["linear"], chance["linear"] = _linear(x, slide, len(names), rng)
-    else:
+    elif linear:
         notes.append(f"no linear probe over {len(names)} slides: at most {MOST_SLIDES}")
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     found: dict[str, Interval] = {}

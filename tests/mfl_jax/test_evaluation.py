@@ -115,6 +115,10 @@ def test_every_kind_fills_its_section_and_what_is_left_out_is_said(made):
     assert 0.5 < decoded["low"] < decoded["mean"] < decoded["high"] <= 1
     (effect,) = [task for task in found["tasks"] if task["name"] == "batch_effect"]
     assert all(0 < m["chance"] < 0.2 for m in effect["metrics"] if "chance" in m)
+    options = {"kinds": ("batch_effect",), "slide_probe": False, **OPTIONS}
+    less = assemble(given, made["columns"], made["splits"], [], **options)
+    assert [m["key"].split("/")[1] for m in less["tasks"][0]["metrics"]] == ["nearest", "silhouette"]
+    assert set(less["arms"][0]["metrics"]) == {"batch_effect/nearest", "batch_effect/silhouette"}
 
 
 def test_few_labels_have_a_table_and_a_paired_difference_to_an_arm_that_was_trained_on_as_few(made):
