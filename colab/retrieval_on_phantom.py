@@ -72,12 +72,12 @@ arms = [evidence.named(descriptor.arms[0], "descriptor", "Siamese, descriptor"),
 # %% [markdown]
 # ## Retrieval and distances
 #
-# *Tissue*: the commonest region under the tile, of eight. *Lesion*: is that region the rare one? Of it, the figures of
-# class 1 are those of the paper's tumour tiles.
+# *Tissue*: the commonest region under the tile, of eight. *Lesion*: only tiles of the rare region ask, as the paper's
+# tumour tiles do, and all tiles may answer.
 
 # %%
 LESION = 8  # the region's number in regions.json, beside the slides
-tasks = [Task("tissue", "region", exclude=(0,)), Task("lesion", "region", LESION - 0.5, exclude=(0,))]
+tasks = [Task("tissue", "region", exclude=(0,)), Task("lesion", "region", LESION - 0.5, exclude=(0,), asking=1)]
 OURS, OTHERS = ("descriptor", "siamese"), ("random", "colour", "moco", "near")
 pairs = [(a, b) for a in OURS for b in OTHERS]
 results = evidence.judge_tiles(work, tileset, found, arms, tasks, pairs, limits=(NEAR, FAR))

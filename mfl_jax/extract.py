@@ -181,6 +181,12 @@ class _Job:
         self._unread -= 1
         if not self._unread and self._tiles is not None:
             self._tiles.close()
+            self._release()
+
+    def _release(self) -> None:
+        """Of a slide that is over and read by nobody any more, the state is all that is kept."""
+        if self.over and not self._unread:
+            self._tiles = None
 
     def put(self, start: int, features: np.ndarray) -> None:
         """Rows in their order; the file gets its name with the last one."""
@@ -209,6 +215,7 @@ class _Job:
         self._file.close()
         self._name_state()
         self.ended(self)
+        self._release()
 
     def _name_state(self) -> None:
         self.state, self.reason = ("done", "") if self.count else ("empty", "no tile has enough tissue")
@@ -228,6 +235,7 @@ class _Job:
             self.state, self.reason = "failed", reason
             self.abandon()
             self.ended(self)
+            self._release()
 
     def abandon(self) -> None:
         """Close what is open; a file that is not complete does not get its name."""

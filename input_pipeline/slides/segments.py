@@ -153,6 +153,11 @@ class SegmentCache:
         while self._bytes > self._limit and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
+
     @property
     def bytes(self) -> int:
         return self._bytes
@@ -181,11 +186,16 @@ class SegmentSource:
         return np.concatenate([self._upright(raster, x, y, width, height) for raster in rasters], axis=2)
 
     def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
+        """What was decoded goes too: whoever still holds a closed slide, to ask for its size, holds no pixels."""
+        self._close_files()
+        self._cache.clear()
 
     def __del__(self) -> None:
-        self.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def _upright(self, raster: Raster, x: int, y: int, width: int, height: int) -> np.ndarray:
         if raster.orientation == 1:

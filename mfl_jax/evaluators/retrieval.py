@@ -65,6 +65,7 @@ def evaluate(
 ) -> Retrieved:
     """Tiles of a split ask for tiles of their own class among the tiles of that split in another case (or, with
     across='slide', on another slide). Of two classes, `positive_...` is of the queries of class 1 alone: tumour tiles.
+    Where these are rare, task.asking = 1 lets them alone ask, so that all of them do.
     """
     seen = check_overlap(splits, pretrained, transductive=transductive)
     if task.regression:
@@ -78,7 +79,10 @@ def evaluate(
     if not len(bank):
         raise ValueError(f"no example of split {split!r} has a known target")
     unknown = int(of_split.sum()) - len(bank)
-    queries, notes = _drawn(bank, most, seed, "queries")
+    askers = bank if task.asking is None else bank[target[bank] == task.asking]
+    if not len(askers):
+        raise ValueError(f"task {task.name!r}: no tile of split {split!r} is of class {task.asking}, which is to ask")
+    queries, notes = _drawn(askers, most, seed, "queries")
     group, label = np.unique(np.asarray(columns[across])[bank], return_inverse=True)[1], target[bank]
     asked = np.searchsorted(bank, queries)
     each, there, chance = answers(features[bank], label, group, asked, ks, depth)
@@ -90,7 +94,7 @@ def evaluate(
     metrics, more = _intervals(each, cases[there], "", resamples, seed)
     counts = {"bank": len(bank), "queries": len(queries), "without_answer": int((~there).sum()), "unknown": unknown}
     positive = label[asked] == 1
-    if target[known].max() == 1 and (positive & there).any():
+    if target[known].max() == 1 and task.asking is None and (positive & there).any():
         some = {name: values[positive[there]] for name, values in each.items()}
         found, extra = _intervals(some, cases[positive & there], "positive_", resamples, seed)
         metrics, more = metrics | found, more + extra
@@ -99,7 +103,7 @@ def evaluate(
         more += (f"{counts['without_answer']} of {len(queries)} queries have no answer in another {across}",)
     mode = "transductive" if seen else "inductive"
     notes = seen + notes + more
-    two = positive[there] if target[known].max() == 1 else None
+    two = positive[there] if target[known].max() == 1 and task.asking is None else None
     return Retrieved(task.name, metrics, chance, counts, each, cases[there], queries[there], mode, notes, two)
 
 

@@ -21,6 +21,7 @@ class Task:
     threshold: float | None = None
     regression: bool = False
     exclude: tuple[float, ...] = ()
+    asking: int | None = None  # of retrieval: tiles of this class alone ask, and all may answer
 
     def read(self, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """-> target [N] (int classes, or float), known [N]."""

@@ -223,6 +223,13 @@ def test_threads_that_want_one_segment_decode_it_once(slide_path):
     assert sorted(decoded) == [0, 1]
 
 
+def test_a_closed_slide_holds_no_pixels(slide_path):
+    with open_slide(slide_path) as slide:
+        slide.read_native(0, 0, 0, 64, 64)
+        assert slide._source._cache.bytes > 0
+    assert (slide._source._cache.bytes, len(slide._source._cache._kept)) == (0, 0)
+
+
 def test_the_cache_is_bounded_and_what_is_returned_is_a_copy(slide_path, image):
     with open_slide(slide_path, cache_bytes=50_000) as slide:
         for x in range(0, 448, 64):

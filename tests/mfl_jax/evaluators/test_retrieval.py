@@ -74,6 +74,21 @@ def test_a_query_without_an_answer_is_counted_and_said():
         retrieval.evaluate(c["features"], c["columns"], c["splits"], Task("t"))
 
 
+def test_tiles_of_one_class_may_ask_alone():
+    c = cohort(seed=2)
+    given = (c["features"], c["columns"], c["splits"])
+    every = retrieval.evaluate(*given, Task("t", "label"), resamples=50)
+    ones = retrieval.evaluate(*given, Task("t", "label", asking=1), resamples=50)
+    assert set(c["columns"]["label"][ones.ids]) == {1}
+    assert ones.counts["bank"] == every.counts["bank"]
+    assert ones.counts["queries"] == every.counts["positive_queries"]
+    for name in ("map", "recall_1", "ndcg"):
+        assert ones.metrics[name].value == pytest.approx(every.metrics[f"positive_{name}"].value)
+    assert "positive_map" not in ones.metrics
+    with pytest.raises(ValueError, match="no tile of split 'test' is of class 7, which is to ask"):
+        retrieval.evaluate(*given, Task("t", "label", asking=7))
+
+
 def test_tiles_of_other_splits_need_not_be_there():
     c = cohort(seed=2)
     every = retrieval.evaluate(c["features"], c["columns"], c["splits"], Task("t", "label"), resamples=0)
