@@ -9,7 +9,8 @@ phantom       crops of 48 and 32 px out of tiles of 64, a compact convnet, 1,024
 gpu           ViT-S/16, crops of 224 and 96 px out of tiles of 256, bfloat16, 3,000 steps; not yet run.
 tiny          two steps of almost nothing, for tests.
 Words         vit, resnet: the encoder; sinkhorn: in place of the centre; registers: four more tokens of the ViT.
-Expect        papers: what SLPD and HIPT build on; no figure of its own. Here: not yet measured.
+Expect        papers: what SLPD and HIPT build on; no figure of its own. Here, on a phantom of 12 cases, 150
+              steps, one seed: AUC of nearest neighbours .85 against .77 untrained, of a linear probe .83 as untrained.
 """
 
 from collections.abc import Iterator

@@ -169,7 +169,8 @@ def main() -> None:
             rows += child(names, kind, args, sys.argv[1:])
             if args.out:
                 args.out.write_text(json.dumps({"load": os.getloadavg()[0], "rows": rows}, indent=1) + "\n")
-    print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, last layer of {args.out_classes:,} classes\n")
+    classes = sizes_of("tiles", args)["head"][-1]
+    print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, last layer of {classes:,} classes\n")
     print(table(rows, args))
 
 
