@@ -13,9 +13,9 @@ import pytest
 
 from mfl_jax import report
 from mfl_jax.bags import Table
-from mfl_jax.demo import evidence
-from mfl_jax.evaluation import ArmRuns, Seed
+from mfl_jax.demo import claims, evidence
 from mfl_jax.evaluators import LeakError, mil
+from mfl_jax.findings import ArmRuns, Seed
 
 ROOT = Path(__file__).parents[3]
 CASES, TILES, DIM = 16, 12, 4
@@ -70,10 +70,10 @@ def test_heads_on_encoders_become_arms_and_are_not_trained_twice(tmp_path, compi
     again = evidence.slide_arms(work, found, table, "lesion", heads, say=lambda line: None)
     for one, other in zip(arms, again, strict=False):
         np.testing.assert_array_equal(one.seeds[1].predictions["lesion"], other.seeds[1].predictions["lesion"])
-    assert evidence._stored(tmp_path / "none.npz", found, table, ("maxpool",)) == {}
-    changed = replace(found, digests={"run": "another"})
-    kept = work.out / "predictions" / "lesion" / "good-0.npz"
-    assert evidence._stored(kept, changed, table, ("maxpool",)) == {}
+    assert evidence._stored(tmp_path / "none.npz", work, found, table) is None
+    kept = work.out / "predictions" / "lesion" / "maxpool" / "good-0.npz"
+    assert evidence._stored(kept, work, found, table) is not None
+    assert evidence._stored(kept, work, replace(found, digests={"run": "another"}), table) is None
 
 
 def test_the_effective_rank_is_the_number_of_independent_directions():
@@ -119,8 +119,8 @@ def judged(gain: tuple, short: tuple) -> dict:
 )
 def test_claims_follow_intervals(gain, short, first, second):
     found = judged(gain, short)
-    assert first in evidence.lifted(found, "lesion", ("a", "b"), ("ssl",), "random")
-    said = evidence.near_ceiling(found, "lesion", ("a", "b"), ("ssl",), "where", within=0.02)
+    assert first in claims.lifted(found, "lesion", ("a", "b"), ("ssl",), "random")
+    said = claims.near_ceiling(found, "lesion", ("a", "b"), ("ssl",), "where", within=0.02)
     assert said.startswith("The best head without such labels, SSL/B, has an AUC of 0.950, the ceiling 0.960")
     assert said.endswith(second)
 
