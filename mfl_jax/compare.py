@@ -52,6 +52,8 @@ def evaluate(
     evaluation.check(kinds, tasks, tileset, decoded)
     shown = looks.truth_of(tileset, truth)
     if "saliency" in kinds:
+        if tileset.spec.he_kind != "image":
+            raise ValueError(f"saliency is of tiles; {tileset.root} holds regions, which have no pixels")
         looks.check(task, tileset.tiles)
     if unknown := sorted(set(baselines) - set(arms.BASELINES)):
         raise ValueError(f"there is no baseline {', '.join(unknown)}; there are {', '.join(arms.BASELINES)}")
@@ -183,5 +185,8 @@ def _colour(name: str, values: np.ndarray, classes: Sequence[str] = ()) -> dict[
 
 def cohort(tileset: "TileSet") -> dict[str, Any]:
     splits = ", ".join(f"{len(cases)} {name}" for name, cases in tileset.splits.items())
-    tile = f"{tileset.spec.size} px at {tileset.spec.mpp:g} \u00b5m/px"
-    return {"Tiles": len(tileset), "Slides": len(tileset.slides), "Cases": splits, "Tile": tile}
+    spec, what = tileset.spec, "Tile"
+    tile = f"{spec.size} px at {spec.mpp:g} \u00b5m/px"
+    if spec.he_kind == "grid":
+        what, tile = "Region", f"{spec.size} x {spec.size} tiles of {spec.mpp:g} \u00b5m"
+    return {f"{what}s": len(tileset), "Slides": len(tileset.slides), "Cases": splits, what: tile}

@@ -48,6 +48,7 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
 
     Without a name, the feature is 'descriptor' where the method gives one (it is made to be searched by), else 'he'.
     """
+    from input_pipeline.show import Axes
     from input_pipeline.tileset import TileSet
     from mfl_jax import sharding
     from mfl_jax.arms import partners_of_embed
@@ -66,7 +67,11 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
         raise ValueError(f"{run} gives no features {feature!r}; it gives {', '.join(sorted(found.features))}")
 
     def pictures(rows: Sequence[int]) -> list[np.ndarray | None]:
-        return [tiles.decode(example)["he"] for example in tiles.read(found.ids[np.asarray(rows, np.int64)])]
+        he = [tiles.decode(example)["he"] for example in tiles.read(found.ids[np.asarray(rows, np.int64)])]
+        if tiles.spec.he_kind == "grid" and he:
+            grids = np.array(he)
+            he = list(Axes.of(grids).colours(grids))
+        return he
 
     names = {"label": tuple(tiles.spec.label_names)} if tiles.spec.label_names else {}
     return Corpus(found.features[feature], columns_of(found, tiles), pictures, names)

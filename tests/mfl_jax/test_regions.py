@@ -107,10 +107,12 @@ def test_a_run_on_regions_is_trained_and_compared_with_the_mean_of_tiles(root, t
     made.data.tileset, made.data.batch = str(root), 4
     train.train(made, tmp_path / "run", progress=False)
     tiles, task = TileSet.open(root), Task("label")
-    found = compare.evaluate([tmp_path / "run"], tiles, task, baselines=("mean",), resamples=20, batch=8)
+    found, _ = compare.evaluate([tmp_path / "run"], tiles, task, baselines=("mean",), resamples=20, batch=8)
     assert [arm["name"] for arm in found["arms"]] == ["toy", "mean"]
     with pytest.raises(ValueError, match="baseline 'colour' is for sets of kind 'image'"):
         compare.evaluate([tmp_path / "run"], tiles, task, baselines=("colour",))
+    with pytest.raises(ValueError, match=r"saliency is of tiles; .* holds regions"):
+        compare.evaluate([tmp_path / "run"], tiles, task, kinds=("saliency",))
     others = TileSet.open(samples.write_set(tmp_path / "images"))
     with pytest.raises(
         ValueError, match=r"regions of 4 x 4 tiles of 32 um with 5 features each; the tile set has tiles"
