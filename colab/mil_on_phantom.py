@@ -24,7 +24,7 @@ import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # many runs share one accelerator
 
-from mfl_jax.demo import evidence
+from mfl_jax.demo import claims, evidence
 from mfl_jax.demo.arms import LABELLED, Arm
 from mfl_jax.evaluators import Task
 
@@ -98,8 +98,8 @@ for task in ("lesion", "subtype"):
 # head's difference to the ceiling lies above -0.02; where only its middle does, it is neither shown nor refuted.
 
 # %%
-lines = [evidence.lifted(judged[task], task, HEADS, ("simclr", "moco"), "random") for task in judged]
-lines.append(evidence.near_ceiling(judged["lesion"], "lesion", HEADS, SSL, "where/top3", within=0.02))
+lines = [claims.lifted(judged[task], task, HEADS, ("simclr", "moco"), "random") for task in judged]
+lines.append(claims.near_ceiling(judged["lesion"], "lesion", HEADS, SSL, "where/top3", within=0.02))
 for line in lines:
     evidence.tell(line)
 

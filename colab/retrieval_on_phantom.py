@@ -22,7 +22,7 @@ import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # many runs share one accelerator
 
-from mfl_jax.demo import evidence
+from mfl_jax.demo import claims, evidence
 from mfl_jax.demo.arms import Arm
 from mfl_jax.evaluators import Task
 
@@ -86,8 +86,8 @@ results = evidence.judge_tiles(work, tileset, found, arms, tasks, pairs, limits=
 # ## What came out
 
 # %%
-lines = [evidence.ahead(results, f"{task.name}/retrieval/map", OURS, OTHERS) for task in tasks]
-lines.append(evidence.ranked(results, "addr/local", "Far over near, slide by slide"))
+lines = [claims.ahead(results, f"{task.name}/retrieval/map", OURS, OTHERS) for task in tasks]
+lines.append(claims.ranked(results, "addr/local", "Far over near, slide by slide"))
 for line in lines:
     evidence.tell(line)
 

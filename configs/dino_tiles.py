@@ -35,6 +35,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.views = ConfigDict({"he": f"2*{LARGE}", "local": f"8*{SMALL}", "eval": "centre|normalise"})
     config.views.size, config.views.local_size = 224, 96
     config.dino = dino(given)
+    if not config.encoder.startswith("vit"):
+        config.dino.head += ",bn"
     config.optim = ConfigDict({"name": "adamw", "lr": 5e-4, "lr_batch": 256, "schedule": "cosine", "end": 2e-3})
     config.optim.warmup, config.optim.clip_norm = "10 epochs", 3.0
     config.optim.weight_decay, config.optim.weight_decay_end = 0.04, 0.4
@@ -61,16 +63,15 @@ def encoder(given: set[str]) -> str:
 
 
 def dino(given: set[str]) -> ConfigDict:
-    """The options of the method; `slpd` has the same."""
+    """The options of the method, for regions and SLPD too."""
     hidden, bottleneck, out = 2048, 256, 65536
     if "tiny" in given:
         hidden, bottleneck, out = 32, 64, 48
     elif "phantom" in given:
         hidden, bottleneck, out = 512, 256, 1024
-    bn = ",bn" if "resnet" in given else ""
     return ConfigDict(
         {
-            "head": f"dino,hidden={hidden},bottleneck={bottleneck}{bn}",
+            "head": f"dino,hidden={hidden},bottleneck={bottleneck}",
             "out": out,  # directions of the last layer, or classes
             "centring": "sinkhorn" if "sinkhorn" in given else "centre",
             "centre_momentum": 0.9,
@@ -91,7 +92,7 @@ def _sized(config: ConfigDict, given: set[str]) -> None:
         views.local, views.local_size = "2*flip|normalise", 8
     elif "phantom" in given:
         views.he, views.local, views.local_size = f"2*sides(.75,.75)|{PHANTOM}", f"4*sides(.5,.5)|{PHANTOM}", 32
-        config.optim.lr, config.dino.momentum = 2e-3, 0.99
+        config.optim.lr, config.dino.momentum = 2e-3, 0.95
     elif "gpu" in given:
         views.he, views.local = f"2*sides(.875,.875)|{PHANTOM}", f"8*sides(.375,.375)|{PHANTOM}"
     if given & set(common.SIZES):

@@ -51,7 +51,7 @@ def slpd(given: set[str]) -> ConfigDict:
         "centres": "own",
     }
     if "tiny" in given:
-        options |= {"k": 2, "min_regions": 4, "start": "1 steps", "every": "16 steps"}
+        options |= {"k": 2, "min_regions": 8, "start": "1 steps", "every": "16 steps"}
     elif "phantom" in given:
         options |= {"min_regions": 8, "start": "20%", "every": "8%"}
     elif "gpu" in given:

@@ -1,4 +1,7 @@
-"""Pictures of tiles for people: any partner as RGB, a batch as one sheet."""
+"""Pictures of tiles for people: any partner as RGB, a batch as one sheet; of grids of tile features, their first three
+principal components as red, green and blue."""
+
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -11,6 +14,38 @@ COLOURS = np.array(
 )
 GAP = 4
 LINE = 14
+GRID_SIDE = 128  # px at which a grid is drawn
+ABSENT = 235  # grey of a cell without a tile
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How features of tiles become colours: the same for all grids of a picture, which can then be compared."""
+
+    mean: np.ndarray  # [D]
+    directions: np.ndarray  # [D, 3], fewer where there are fewer features
+    low: np.ndarray
+    high: np.ndarray
+
+    @staticmethod
+    def of(grids: np.ndarray) -> "Axes":
+        """From all tiles of [N, H, W, D + 1]."""
+        tiles = grids[grids[..., -1] > 0][:, :-1].astype(np.float64)
+        if not len(tiles):
+            tiles = np.zeros((1, grids.shape[-1] - 1))
+        mean = tiles.mean(0)
+        directions = np.linalg.svd(tiles - mean, full_matrices=False)[2][:3].T
+        directions = directions * np.where(directions.sum(0) < 0, -1, 1)
+        low, high = np.percentile((tiles - mean) @ directions, (2, 98), axis=0)
+        return Axes(mean, directions, low, high)
+
+    def colours(self, grid: np.ndarray) -> np.ndarray:
+        """uint8 [..., H, W, 3]; cells without a tile are light grey."""
+        spread = np.maximum(self.high - self.low, 1e-9)
+        light = ((grid[..., :-1].astype(np.float64) - self.mean) @ self.directions - self.low) / spread
+        light = np.concatenate([light, np.zeros((*light.shape[:-1], 3 - light.shape[-1]))], -1)
+        colour = 40 + 180 * np.clip(light, 0, 1)
+        return np.where(grid[..., -1:] > 0, colour, ABSENT).astype(np.uint8)
 
 
 def to_rgb(image: np.ndarray, partner: Partner | None, scale: np.ndarray | None = None) -> np.ndarray:
@@ -47,7 +82,11 @@ def _bars(vector: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def batch_picture(batch: dict, spec: Spec, side: int | None = None) -> np.ndarray:
     """One row a tile: the H&E, then each partner; a missing partner is grey and says so."""
-    side = side or spec.size
+    grid = spec.he_kind == "grid"
+    if grid:
+        batch = dict(batch) | {"he": Axes.of(batch["he"]).colours(batch["he"])}
+    side = side or (GRID_SIDE if grid else spec.size)
+    how = Image.Resampling.NEAREST if grid else None
     columns: list[Partner | None] = [None, *spec.partners]
     rows = len(batch["he"])
     sheet = Image.new("RGB", (len(columns) * (side + GAP) + GAP, LINE + rows * (side + GAP) + GAP), "white")
@@ -61,7 +100,7 @@ def batch_picture(batch: dict, spec: Spec, side: int | None = None) -> np.ndarra
                 draw.rectangle((left, top, left + side - 1, top + side - 1), fill=(190, 190, 190))
                 draw.text((left + 6, top + 6), "none", fill="black")
             else:
-                sheet.paste(Image.fromarray(picture).resize((side, side)), (left, top))
+                sheet.paste(Image.fromarray(picture).resize((side, side), how), (left, top))
     return np.asarray(sheet)
 
 

@@ -12,7 +12,7 @@ from mfl_jax.contact_sheet import picture, undo_normalise
 from mfl_jax.encoder import part_of, view_of
 from mfl_jax.methods.towers import compute_dtype
 from mfl_jax.report.pictures import overlay, sheet
-from mfl_jax.trained import Trained, open_run
+from mfl_jax.trained import Trained, check_tiles, open_run
 
 
 def of_run(
@@ -24,8 +24,9 @@ def of_run(
     do so by its grain alone; the greatest share stands below it, beside what an even one would be.
     """
     run = open_run(workdir)
-    if (of := tileset.spec.size) != run.facts.size:
-        raise ValueError(f"the tiles of {tileset.root} are of {of} px; {workdir} was trained on {run.facts.size} px")
+    if run.facts.modalities["he"].kind != "image":
+        raise ValueError(f"{workdir} was trained on regions: a sheet of attention is of tiles")
+    check_tiles(workdir, run.facts, tileset.spec)
     if Path(path).suffix not in (".png", ".jpg"):
         raise ValueError(f"a picture is a .png or a .jpg, not {str(path)!r}")
     ids = tileset.ids(split or None)
@@ -50,7 +51,9 @@ def of_tiles(run: Trained, he: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     model, view, dtype = models.make(run.config.encoder), view_of(run), compute_dtype(run.config.dtype)
     attend = model.attention
     if attend is None:
-        raise ValueError(f"{run.path} has the encoder {run.config.encoder!r}, which has no attention: it takes a ViT")
+        raise ValueError(
+            f"{run.path} has the encoder {run.config.encoder!r}, which has no attention: it takes a ViT over tiles"
+        )
     params, _ = part_of(run)
     seen = jax.jit(lambda images: view(jax.random.key(0), images))(he)
     maps = jax.jit(lambda params, x: attend(params, x, dtype=dtype))(params, seen)

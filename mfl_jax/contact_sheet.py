@@ -3,12 +3,14 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
+from input_pipeline.show import Axes
 from mfl_jax import data
 from mfl_jax.config import Reading
 from mfl_jax.methods import towers
@@ -56,6 +58,8 @@ def draw(
     views = specs if isinstance(specs, Plan) else plan(specs, modalities or {})
     stored = {name: np.asarray(batch[name])[:rows] for name, _ in views.views}
     seen = jax.jit(views)(jax.random.key(seed), stored)
+    if any(view.kind == "grid" for _, of in views.views for view in of.each()):
+        stored, seen, batch = _coloured(stored, seen, batch)
     columns: list[tuple[str, list[np.ndarray]]] = []
     for name, of in views.views:
         each = of.each()
@@ -70,6 +74,19 @@ def draw(
         drawn = [p if seen else np.full_like(p, 200) for p, seen in zip(pixels, there, strict=True)]
         columns.append((f"{name}, stored", drawn))
     return _write(columns, Path(path))
+
+
+def _coloured(
+    stored: Mapping[str, np.ndarray], seen: Mapping[str, list], batch: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Grids of tile features as pictures, all by the same axes: those of the stored ones."""
+    axes = Axes.of(next(grids for grids in stored.values() if grids.ndim == 4))
+
+    def drawn(grids: Any) -> Any:
+        return axes.colours(np.asarray(grids)) if np.ndim(grids) == 4 else grids
+
+    views = {name: [drawn(view) for view in of] for name, of in seen.items()}
+    return {n: drawn(g) for n, g in stored.items()}, views, {n: drawn(g) for n, g in batch.items()}
 
 
 def _write(columns: list[tuple[str, list[np.ndarray]]], path: Path) -> Path:
@@ -99,6 +116,8 @@ def picture(value: np.ndarray, seen: View | None, view: View) -> np.ndarray:
     """uint8 RGB of a stored value (seen=None) or of what a view made of it."""
     if view.kind == "vector":
         return bars(value)
+    if view.kind == "grid":  # coloured already
+        return value
     encoded = seen is not None
     if view.kind == "map":
         names = [call.name for call in view.calls if call.name in MAP]

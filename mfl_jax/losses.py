@@ -86,18 +86,22 @@ def queue_nce(
     group: Array | None = None,
     queue_group: Array | None = None,
     mask: Array | None = None,
+    queue_mask: Array | None = None,
     batch_negatives: bool = False,
 ) -> Loss:
     """MoCo: row i of query belongs to row i of key, and the rows of the queue [K, D], of length 1, are its negatives;
     with batch_negatives the other keys of the batch as well.
 
-    Only the query gets a gradient. group [B] and queue_group [K] int: rows of one group are no negatives.
+    Only the query gets a gradient. group [B] and queue_group [K] int: rows of one group are no negatives; nor are rows
+    of the queue that queue_mask leaves out.
     """
     query, key = normalise(present(query, mask)), lax.stop_gradient(normalise(present(key, mask)))
     positive = jnp.sum(query * key, -1)
     negative = jnp.matmul(query, lax.stop_gradient(queue).T, precision=EXACT)
     if group is not None and queue_group is not None:
         negative = jnp.where(group[:, None] == queue_group[None], -jnp.inf, negative)
+    if queue_mask is not None:
+        negative = jnp.where(queue_mask[None], negative, -jnp.inf)
     if batch_negatives:
         left_out = jnp.eye(len(key), dtype=bool)
         left_out = left_out if mask is None else left_out | ~mask[None]

@@ -38,6 +38,14 @@ class Found:
         values = set(self.columns[name][self.rows(slide)].tolist())
         return values.pop() if len(values) == 1 else ""
 
+    def cells(self, slide: int) -> tuple[np.ndarray, float]:
+        """Corners [R, 2] and side to draw regions with: of those that overlap the middle, so that all are seen."""
+        rows = self.rows(slide)
+        corners, side = np.stack([self.columns[name][rows] for name in ("x", "y")], 1), self.columns["side"][rows[0]]
+        apart = np.concatenate([np.diff(np.unique(corners[:, axis])) for axis in range(2)])
+        drawn = min([side, *apart.tolist()])
+        return corners + (side - drawn) / 2, float(drawn)
+
     def neighbours(self, slide: int) -> list[tuple[int, int, float]]:
         """(rank, slide, mean cosine of prototypes and what they are matched with)"""
         found, vectors = [], self.tables["prototypes"]
@@ -87,11 +95,9 @@ def save(folder: Path, found: Found, show: int = 12, slides: Mapping[str, Path] 
         raise ValueError(f"slide_id {unsafe[0]!r} is not a file's name")
     written = [_table(folder / "prototypes.csv", found)]
     for slide in shown:
-        rows = found.rows(slide)
-        codes = found.tables["assignment"][rows]
-        corners = np.stack([found.columns[name][rows] for name in ("x", "y")], 1)
+        codes = found.tables["assignment"][found.rows(slide)]
         names = [f"{k}: {count} regions" for k, count in enumerate(_sizes(found, slide))]
-        picture = class_map(corners, float(found.columns["side"][rows[0]]), codes, names, found.slides[slide])
+        picture = class_map(*found.cells(slide), codes, names, found.slides[slide])
         written.append(folder / f"map_{found.slides[slide]}.png")
         save_picture(written[-1], picture)
     written.append(folder / "neighbours.png")
@@ -143,9 +149,7 @@ def _sizes(found: Found, slide: int) -> list[int]:
 
 def _over_slide(found: Found, slide: int, codes: np.ndarray, slides: Mapping[str, Path]) -> np.ndarray:
     """A square picture: regions in the colour of their code, over the slide in grey or over white; -1 is not drawn."""
-    rows = found.rows(slide)
-    corners = np.stack([found.columns[name][rows] for name in ("x", "y")], 1)
-    side, path = float(found.columns["side"][rows[0]]), slides.get(found.slides[slide])
+    (corners, side), path = found.cells(slide), slides.get(found.slides[slide])
     if path is None:
         corners = corners - corners.min(0)
         width, height = (corners.max(0) + side).tolist()

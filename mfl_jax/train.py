@@ -252,9 +252,9 @@ def _save(parts: Parts, state: State, step: int, evaluated: bool) -> None:
 
 def _refresh(run: Plan, parts: Parts, state: State, step: int) -> State:
     parts.watched.flush()
+    began = time.perf_counter()
     state, values = refreshed(run, state, preempt.asked_to_stop)
-    if values:
-        parts.metrics.write(step, values)
+    parts.metrics.write(step, values | {"refresh/seconds": time.perf_counter() - began})
     parts.watched.paused()
     return state
 

@@ -112,9 +112,7 @@ def _check_order(balance: str | None, blocks: tuple[int, int] | None, share: flo
         raise StreamError("a share of the tiles is drawn in uniform order alone: leave out balance and blocks")
 
 
-def _index(
-    size: int, seed: int, balance: str | None, blocks: tuple[int, int] | None, offsets: np.ndarray | None
-) -> Callable:
+def _index(size: int, seed: int, balance: str | None, blocks: tuple[int, int] | None, offsets: np.ndarray) -> Callable:
     """Positions -> places among the tiles used."""
     if balance:
         assert offsets is not None

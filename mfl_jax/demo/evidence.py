@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -31,7 +32,6 @@ from mfl_jax.demo import keep_programs
 from mfl_jax.demo.arms import Arm, Size, spec, train_all
 from mfl_jax.evaluators import Embedded, Task, mil
 from mfl_jax.findings import ArmRuns, Seed
-from mfl_jax.report import tables
 from mfl_jax.sweep import TRAIN
 
 START = perf_counter()
@@ -53,15 +53,15 @@ class Scale:
 SCALES = {
     "tiny": Scale(
         Size("tiny", 64, 640, 12),
-        paired=4, seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
+        paired=3, seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
     ),
     "small": Scale(
-        Size("phantom", 64, 1024, 40, "total.steps=250"),
+        Size("phantom", 64, 1024, 40, "total.steps=200"),
         paired=16, seeds=3, folds=4, inner=2, settings=mil.Settings(epochs=30, patience=6),
     ),
     "full": Scale(
-        Size("phantom", 64, 2048, 100, "total.steps=800,data.batch=128"),
-        paired=40, seeds=3, folds=5, inner=3, settings=mil.Settings(),
+        Size("phantom", 64, 2048, 80, "total.steps=600,data.batch=128"),
+        paired=32, seeds=3, folds=5, inner=3, settings=mil.Settings(),
     ),
 }  # fmt: skip
 
@@ -152,7 +152,18 @@ def features(
     for arm in made.arms:
         known = words.get(arm.name)
         told.append(replace(arm, title=known.title, kind=known.kind, what=known.what) if known else arm)
-    return Found(tuple(told), made.columns, made.digests, made.notes)
+    ranks = (f"{arm.title} {np.mean([effective_rank(s.features) for s in arm.seeds]):.1f}" for arm in told)
+    spread = f"Effective rank of the features, each scaled to deviation 1 (mean over seeds): {', '.join(ranks)}."
+    tell(spread)
+    return Found(tuple(told), made.columns, made.digests, (*made.notes, spread))
+
+
+def effective_rank(features: np.ndarray, rows: int = 4000) -> float:
+    """The participation ratio of the spectrum of a part of the rows: how many directions the features make use of."""
+    x = np.asarray(features[:: max(1, len(features) // rows)], np.float64)
+    x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)
+    power = np.linalg.eigvalsh(x.T @ x)
+    return float(power.sum() ** 2 / np.square(power).sum())
 
 
 def named(arm: ArmRuns, name: str, title: str) -> ArmRuns:
@@ -173,27 +184,42 @@ def slide_table(work: Work, tileset: TileSet, label: str) -> Table:
 def slide_arms(
     work: Work, found: Found, table: Table, task: str, heads: Sequence[str], say: Callable[[str], None] = tell
 ) -> list[ArmRuns]:
-    """One arm a head on the features of an encoder, its seeds those of the encoder: slides, predicted out of fold."""
+    """One arm a head on the features of an encoder, its seeds those of the encoder: slides, predicted out of fold.
+
+    Heads are trained side by side, in threads: compiling one keeps one core busy.
+    """
+    with ThreadPoolExecutor(min(len(heads), available_cores())) as pool:
+        scores = list(pool.map(lambda head: _out_of_fold(work, found, table, task, head, say), heads))
+    every = []
+    for i, arm in enumerate(found.arms):
+        for number, head in enumerate(heads):
+            runs = tuple(_seed(s, task, x) for s, x in zip(arm.seeds, scores[number][i], strict=True))
+            if number:
+                runs = tuple(replace(run, curve=None) for run in runs)  # one training is drawn once
+            every.append(replace(arm, name=f"{arm.name}/{head}", title=f"{arm.title}, {head}", seeds=runs))
+    return every
+
+
+def _out_of_fold(
+    work: Work, found: Found, table: Table, task: str, head: str, say: Callable[[str], None]
+) -> list[list[np.ndarray]]:
+    """[slides] of every seed of every arm; what an earlier run has found is kept."""
     scale, every = work.scale, []
     folds = mil.nested(table, outer=scale.folds, inner=scale.inner, seed=work.seed)
+    chosen: dict[str, Any] = {"folds": folds, "settings": scale.settings, "seeds": 1, "resamples": 0}
     for arm in found.arms:
-        scores: dict[str, list[np.ndarray]] = {head: [] for head in heads}
+        say(f"{task}: {head} on {arm.title}")
+        of_seeds = []
         for seed in arm.seeds:
-            kept = work.out / "predictions" / task / f"{arm.name}-{seed.seed}.npz"
-            if not (stored := _stored(kept, found, table, heads)):
-                say(f"{task}: {', '.join(heads)} on {arm.title}, seed {seed.seed}")
+            kept = work.out / "predictions" / task / head / f"{arm.name}-{seed.seed}.npz"
+            if (scores := _stored(kept, work, found, table)) is None:
                 bags = _bags(found, seed, table)
-                chosen: dict[str, Any] = {"folds": folds, "settings": scale.settings, "seeds": 1, "resamples": 0}
-                study = mil.study({arm.name: bags}, table, heads, pretrained=seed.pretrained, **chosen)
-                stored = {one.head: one.result.scores for one in study.arms}
+                study = mil.study({arm.name: bags}, table, (head,), pretrained=seed.pretrained, **chosen)
+                scores = study.arms[0].result.scores
                 with whole(kept) as part, open(part, "wb") as file:
-                    kept_arrays: dict[str, Any] = {"key": _key(found, table), **stored}
-                    np.savez(file, **kept_arrays)
-            for head in heads:
-                scores[head].append(stored[head])
-        for head in heads:
-            runs = tuple(_seed(s, task, x) for s, x in zip(arm.seeds, scores[head], strict=True))
-            every.append(replace(arm, name=f"{arm.name}/{head}", title=f"{arm.title}, {head}", seeds=runs))
+                    np.savez(file, key=np.array(_key(work, found, table)), scores=scores)
+            of_seeds.append(scores)
+        every.append(of_seeds)
     return every
 
 
@@ -202,18 +228,17 @@ def _bags(found: Found, seed: Seed, table: Table) -> Bags:
     return with_cases(from_embedded(found.embedded(seed), slides=listed), table)
 
 
-def _key(found: Found, table: Table) -> str:
-    return json.dumps([sorted(found.digests.values()), list(table.slides), table.labels.tolist()])
+def _key(work: Work, found: Found, table: Table) -> str:
+    """Of all that decides a prediction."""
+    scale = (work.scale.folds, work.scale.inner, repr(work.scale.settings), work.seed)
+    return json.dumps([scale, sorted(found.digests.values()), table.slides, table.labels.tolist()])
 
 
-def _stored(path: Path, found: Found, table: Table, heads: Sequence[str]) -> dict[str, np.ndarray]:
-    """Predictions of an earlier run on the same encoders and slides; nothing where there are none."""
+def _stored(path: Path, work: Work, found: Found, table: Table) -> np.ndarray | None:
     if not path.is_file():
-        return {}
+        return None
     with np.load(path, allow_pickle=False) as file:
-        if str(file["key"]) != _key(found, table) or not set(heads) <= set(file.files):
-            return {}
-        return {head: file[head] for head in heads}
+        return file["scores"] if str(file["key"]) == _key(work, found, table) else None
 
 
 def ceiling(found: Found, arm: str, tile_task: str, table: Table, task: str, top: int) -> ArmRuns:
@@ -269,74 +294,6 @@ def judge_tiles(
     drawn: dict[str, Any] = {"pairs": pairs, "limits": limits, "resamples": work.scale.resamples, "say": tell}
     kinds = ("retrieval", "distance_ratio")
     return evaluation.assemble(arms, found.columns, splits, tasks, kinds=kinds, **drawn)
-
-
-# --- claims, in words
-
-
-def ahead(judged: Mapping[str, Any], key: str, ours: Sequence[str], others: Sequence[str]) -> str:
-    """Of each of ours, the figure and the differences to the others."""
-    of = {arm["name"]: arm for arm in judged["arms"]}
-    apart = {(d["a"], d["b"]): d for d in judged["differences"] if d["metric"] == key}
-    told = []
-    for name in ours:
-        rows = [apart[name, other] for other in others if (name, other) in apart]
-        each = "; ".join(f"{of[row['b']]['title']} {signed(row)}" for row in rows)
-        above = sum(row["difference"] > 0 and row["p_holm"] < 0.05 for row in rows)
-        mean = tables.figure(of[name]["metrics"][key]["mean"])
-        told.append(f"{of[name]['title']} {mean}, clearly above {above} of {len(rows)} ({each})")
-    return f"{key}: {'. '.join(told)}."
-
-
-def ranked(judged: Mapping[str, Any], key: str, title: str) -> str:
-    arms = sorted(judged["arms"], key=lambda arm: -(arm["metrics"][key]["mean"] or 0.0))
-    each = (f"{arm['title']} {tables.figure(arm['metrics'][key]['mean'])}" for arm in arms)
-    return f"{title}: {', '.join(each)}."
-
-
-def lifted(judged: Mapping[str, Any], task: str, heads: Sequence[str], encoders: Sequence[str], base: str) -> str:
-    """Does every head gain by features learnt in the domain? Of each encoder, its differences to `base`."""
-    apart = {(d["a"], d["b"]): d for d in judged["differences"]}
-    titles = {arm["name"]: arm["title"] for arm in judged["arms"]}
-    told = []
-    for encoder in encoders:
-        rows = [apart[f"{encoder}/{head}", f"{base}/{head}"] for head in heads]
-        above = sum(row["difference"] > 0 and row["p_holm"] < 0.05 for row in rows)
-        below = sum(row["difference"] < 0 and row["p_holm"] < 0.05 for row in rows)
-        each = "; ".join(f"{head} {signed(row)}" for head, row in zip(heads, rows, strict=True))
-        verdict = "lifts every head" if above == len(rows) else f"lifts {above} of {len(rows)} heads clearly"
-        verdict += f" and lowers {below}" if below else ""
-        told.append(f"{titles[f'{encoder}/{heads[0]}'].split(',')[0]} {verdict} above {base} ({each})")
-    return f"{task.capitalize()}: {'. '.join(told)}."
-
-
-def near_ceiling(
-    judged: Mapping[str, Any], task: str, heads: Sequence[str], encoders: Sequence[str], top: str, within: float
-) -> str:
-    """Is the best head on such features within so much of the ceiling? The best is chosen on these very cases."""
-    key = f"{task}/auc"
-    of = {arm["name"]: arm for arm in judged["arms"]}
-    names = [f"{encoder}/{head}" for encoder in encoders for head in heads]
-    best = max(names, key=lambda name: of[name]["metrics"][key]["mean"] or 0.0)
-    row = next(d for d in judged["differences"] if (d["a"], d["b"]) == (best, top))
-    low, high, middle = row["low"], row["high"], row["difference"]
-    if low is None:
-        verdict = "there are too few cases to say more"
-    elif low > -within:
-        verdict = f"within {within:g} of it"
-    elif high < -within:
-        verdict = f"not within {within:g} of it"
-    else:
-        verdict = f"within {within:g} of it is {'likelier than not' if middle > -within else 'unlikely'}, and not shown"
-    ours, ceiling = (tables.figure(of[name]["metrics"][key]["mean"]) for name in (best, top))
-    return (
-        f"The best head without such labels, {of[best]['title']}, has an AUC of {ours}, the ceiling {ceiling}: the "
-        f"difference is {signed(row)}, {verdict}."
-    )
-
-
-def signed(row: Mapping[str, Any]) -> str:
-    return f"{tables.figure(row['difference'], sign=True)} {tables.interval(row)}".strip()
 
 
 # --- one document

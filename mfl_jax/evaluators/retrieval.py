@@ -9,7 +9,7 @@ import numpy as np
 from mfl_jax import statistics, topk
 from mfl_jax.evaluators.probe import check_features
 from mfl_jax.evaluators.results import Result, floats, mean_score, over_cases, value_metrics
-from mfl_jax.evaluators.tasks import Task, check_overlap, split_rows
+from mfl_jax.evaluators.tasks import Task, check_overlap
 from mfl_jax.statistics import Difference, Interval
 
 KS = (1, 5, 10)
@@ -73,8 +73,11 @@ def evaluate(
         raise ValueError(f"across is {across!r}; allowed: {', '.join(ACROSS)}")
     target, known = task.read(columns)
     check_features(features, known)
-    bank = np.flatnonzero(split_rows(columns, splits, known)[split])
-    unknown = int(split_rows(columns, splits, np.ones_like(known))[split].sum()) - len(bank)
+    of_split = np.isin(np.asarray(columns["case"]), np.asarray(list(splits.get(split, ()))))
+    bank = np.flatnonzero(of_split & known)
+    if not len(bank):
+        raise ValueError(f"no example of split {split!r} has a known target")
+    unknown = int(of_split.sum()) - len(bank)
     queries, notes = _drawn(bank, most, seed, "queries")
     group, label = np.unique(np.asarray(columns[across])[bank], return_inverse=True)[1], target[bank]
     asked = np.searchsorted(bank, queries)

@@ -96,7 +96,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], spec: str, what: str) -> tuple
     if patch or is_grid(spec):
         tensors, side = _plain_positions(tensors, patch or 1, what)
     if is_grid(spec):
-        channels = 1 + tensors.get("phi.0.weight", np.zeros((0, 0))).shape[-1]
+        channels = 1 + tensors.get("phi.0.weight", np.zeros((1, 1))).shape[-1]
     image = jax.ShapeDtypeStruct((1, side, side, channels), np.float32)
     like = jax.eval_shape(lambda key: model.init(key, image), jax.random.key(0))
     leaves = {torch_name(name): (name, leaf) for tree in like for name, leaf in named_leaves(tree).items()}

@@ -221,8 +221,9 @@ def together(views: Sequence[jax.Array]) -> jax.Array:
 
 
 def signs(seen: Seen, metrics: Metrics) -> Metrics:
-    """Of collapse, in the student's bottleneck and in what the teacher tells it."""
-    found = towers.diagnosed(*seen.student.bottleneck[:2])
+    """Of collapse: in the student's features, and in what the teacher says. The bottleneck is no place to look: what
+    tells the classes apart can lie along few directions of it while the features are rich."""
+    found = towers.diagnosed(*seen.student.features[:2])
     uniform, one = metrics["to_uniform"] < 1e-3, metrics["mixture_entropy"] < 1e-2
     return found | {"collapsed": jnp.maximum(found["collapsed"], (uniform | one).astype(jnp.float32))}
 

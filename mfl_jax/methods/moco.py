@@ -7,7 +7,8 @@ second      'same': the key is another view of the tile; 'near': of the near til
 symmetric   both views are query and key in turn: the mean of two losses, and both keys enter the queue
 negatives   the queue; with batch_negatives the other keys of the batch too. Rows of the queue are older than a key, and
             were normalised with other batches: of the queue alone a key is told by that, whatever the tile shows. A
-            slow key network and a small learning rate hide it; short trainings have neither.
+            slow key network and a small learning rate hide it; short trainings have neither. The noise that a queue
+            begins with, which drives all queries together, is then no negative.
 BatchNorm   over the global batch, query and key of a batch share its statistics, by which a key can be told from the
             queue. With bn_groups in the encoder's spec the keys' rows are normalised in groups of another, random
             order: this is what "shuffling BN" does, with a group where MoCo has a device.
@@ -24,7 +25,7 @@ from mfl_jax.data import Facts
 from mfl_jax.methods import towers
 from mfl_jax.methods.base import Batch, Method, Metrics, mean_of_slices
 
-NO_SLIDE = -1  # of the noise that a queue begins with: a negative for everyone
+NO_SLIDE = -1  # of the noise that a queue begins with: a negative for everyone, or with batch_negatives for none
 
 
 def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
@@ -56,6 +57,7 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
         first, second = see(rng, batch)
         mask, slide = towers.batch_mask(batch), batch["slide"]
         rows = {"mask": mask, "group": slide if apart else None, "queue_group": extra["queue_slide"]}
+        rows["queue_mask"] = extra["queue_slide"] != NO_SLIDE if beside else None
         stats, slow = extra["he"], extra["key"]["stats"]
         found: list[tuple[jax.Array, Metrics]] = []
         queries, keys = [], []

@@ -13,7 +13,7 @@ start, every durations: before which step the teacher looks for the first time, 
 neighbours   of each slide; with several, the mean of what they say
 transfer     'matched': prototypes of two slides are matched one to one; 'argmax': each takes the most alike, as
              the released code does
-intra, inter weights of the two terms; 0 leaves one out
+intra, inter weights of the two terms; 0 leaves one out, and without both it is DINO
 centres      'own': each term centres its logits by their own moving mean; 'shared': by one of both, as released
 
 Labels are looked at in the metrics of a refresh alone: whether neighbours are of one kind.
@@ -49,7 +49,8 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
         params, extra = parts.init(rng, batch)
         dim, out = parts.teacher.head.dim, parts.teacher.last.dim
         centred = {name: jnp.zeros(out) for name in centre_of.values()}
-        return params, extra | centred | _no_tables(facts, asked["k"], asked["neighbours"], dim)
+        tables = _no_tables(facts, asked["k"], asked["neighbours"], dim) if terms else {}
+        return params, extra | centred | tables
 
     def loss(params, extra, batch: Batch, rng: jax.Array, step: jax.Array):
         seen, mask = parts.see(params, extra, batch, rng), towers.batch_mask(batch)
@@ -70,7 +71,7 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
         return value, (out, metrics)
 
     def update(params, extra, out, step):
-        kept = {name: extra[name] for name in TABLES}
+        kept = {name: extra[name] for name in TABLES if terms}
         for name in centre_of.values():
             kept[name] = losses.next_centre(extra[name], out[name], parts.centre_momentum)
         return parts.updated(params, extra, out, step) | kept
@@ -85,7 +86,8 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
         placed = {name: sharding.put_whole(array, state.extra[name].sharding) for name, array in tables.items()}
         return state.extra | placed, metrics
 
-    return Method(init, loss, update, parts.embed, Refresh(asked["every"], asked["start"], refresh))
+    looks = Refresh(asked["every"], asked["start"], refresh) if terms else None
+    return Method(init, loss, update, parts.embed, looks)
 
 
 def looked_up(

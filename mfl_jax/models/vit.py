@@ -22,8 +22,7 @@ class Attention(nn.Module):
         """`there` [B, N]: tokens that are attended to, at least one a row; all of them where it is None."""
         b, n, d = x.shape
         qkv = Dense(3 * d, kernel_init=START, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
-        mixed = attend(q, k, v, there).reshape(b, n, d)
+        mixed = attend(qkv.reshape(b, n, 3, self.heads, d // self.heads), there).reshape(b, n, d)
         return Dense(d, kernel_init=START, dtype=self.dtype, name="proj")(mixed)
 
 

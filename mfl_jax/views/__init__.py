@@ -198,7 +198,7 @@ def _with_cells(calls: list[Call], written: Sequence[Call], size: int | None, sp
     cells = next((n for n in (own, asked, size) if n is not None), None)
     if cells is None:
         raise ViewError(f"the view '{spec}' has no size: give size=, or write {calls[0].name}(cells)")
-    return [replace(calls[0], values=(("cells", float(cells)),)), *calls[1:]]
+    return [replace(calls[0], values=tuple((calls[0].args | {"cells": float(cells)}).items())), *calls[1:]]
 
 
 def _size_call(size: int | None) -> Call:

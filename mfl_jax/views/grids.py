@@ -24,18 +24,34 @@ from mfl_jax.views.geometry import (
 from mfl_jax.views.spec import Arg, Op, fraction
 
 CUTS = ("window", "centre")  # the first op of a view, one of these, decides its size
-_CELLS = (Arg("cells", None, 1.0, 4096.0, integer=True),)
+_CELLS = Arg("cells", None, 1.0, 4096.0, integer=True)
 
 
 def draw_window(source: Source, args: Params, shape: tuple[int, ...]) -> Params:
-    """Any place where it lies within the grid, all equally likely."""
+    """Places [tries, 2] where it lies within the grid, all equally likely."""
+    tries = int(args["tries"])
     spare = jnp.array([n - int(args["cells"]) for n in shape[:2]])
-    return {"at": jnp.minimum(jnp.floor(uniforms(source, 2) * (spare + 1)).astype(jnp.int32), spare)}
+    u = uniforms(source, 2 * tries).reshape(tries, 2)
+    return {"at": jnp.minimum(jnp.floor(u * (spare + 1)).astype(jnp.int32), spare)}
 
 
-def cut(params: Params, grid: jax.Array, args: Params) -> jax.Array:
+def window(params: Params, grid: jax.Array, args: Params) -> jax.Array:
+    """The first of the drawn places that is at least half as full as the grid, else the fullest of them: at the edge
+    of the tissue most windows hold next to nothing."""
+    cells, places = int(args["cells"]), params["at"]
+    if len(places) == 1:
+        return cut(places[0], grid, cells)
+    full = jax.vmap(lambda at: cut(at, grid[..., -1:], cells).mean())(places)
+    enough = full >= 0.5 * grid[..., -1].mean()
+    return cut(places[jnp.where(enough.any(), jnp.argmax(enough), jnp.argmax(full))], grid, cells)
+
+
+def centre(params: Params, grid: jax.Array, args: Params) -> jax.Array:
     cells = int(args["cells"])
-    at = params["at"] if params else jnp.array([(n - cells) // 2 for n in grid.shape[:2]])
+    return cut(jnp.array([(n - cells) // 2 for n in grid.shape[:2]]), grid, cells)
+
+
+def cut(at: jax.Array, grid: jax.Array, cells: int) -> jax.Array:
     return lax.dynamic_slice(grid, (at[0], at[1], 0), (cells, cells, grid.shape[-1]))
 
 
@@ -71,8 +87,8 @@ def noise(params: Params, grid: jax.Array, args: Params) -> jax.Array:
 
 
 GRID = {
-    "window": Op("geometry", _CELLS, draw_window, cut),
-    "centre": Op("geometry", _CELLS, nothing, cut),
+    "window": Op("geometry", (_CELLS, Arg("tries", 1.0, 1.0, 8.0, integer=True)), draw_window, window),
+    "centre": Op("geometry", (_CELLS,), nothing, centre),
     "flip": Op("geometry", (fraction("p", 0.5),), draw_flip, flipped),
     "hflip": Op("geometry", (fraction("p", 0.5),), draw_hflip, flipped),
     "vflip": Op("geometry", (fraction("p", 0.5),), draw_vflip, flipped),

@@ -1,5 +1,7 @@
 """`mfl attention`: a sheet of tiles and heads, of the network that evaluators see."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -16,12 +18,23 @@ pytestmark = pytest.mark.usefixtures("compile_cache")
 
 @pytest.fixture(scope="module", name="made")
 def made_fixture(tmp_path_factory):
-    """A set, and a run of one step on it: teacher and student are no longer one network."""
+    """A set, and a run of no step on it; the teacher is another network than the student, as after many."""
     root = tmp_path_factory.mktemp("attention")
     samples.write_set(root / "set")
     config = synthetic.tiny("dino", data__tileset=str(root / "set"), data__batch=4)
-    train.train(config, root / "run", progress=False, stop_at=1)
+    train.train(config, root / "run", progress=False, stop_at=0)
     return root
+
+
+@pytest.fixture(autouse=True)
+def other_teacher(monkeypatch):
+    def opened(workdir, mesh=None):
+        run = trained.open_run(workdir, mesh)
+        slow = jax.tree.map(lambda p: p + 0.1 * np.sin(np.arange(p.size)).reshape(p.shape), run.extra["teacher"])
+        return dataclasses.replace(run, extra=run.extra | {"teacher": jax.tree.map(np.float32, slow)})
+
+    for module in (attention, encoder):
+        monkeypatch.setattr(module, "open_run", opened)
 
 
 def test_a_sheet_has_a_row_a_tile_and_a_column_a_head(made, tmp_path, capsys):
@@ -38,7 +51,7 @@ def test_a_sheet_has_a_row_a_tile_and_a_column_a_head(made, tmp_path, capsys):
 
 
 def test_the_maps_are_of_the_teacher_on_what_evaluation_sees(made):
-    run, tileset = trained.open_run(made / "run"), TileSet.open(made / "set")
+    run, tileset = attention.open_run(made / "run"), TileSet.open(made / "set")
     he = np.stack([tileset.decode(example)["he"] for example in tileset.read(range(3))])
     seen, maps = attention.of_tiles(run, he)
     size = run.config.views.size
@@ -53,7 +66,7 @@ def test_the_maps_are_of_the_teacher_on_what_evaluation_sees(made):
 def test_export_and_features_are_the_teacher_s_too(made, tmp_path):
     exported = encoder.export(made / "run", tmp_path / "weights")
     assert exported["features"] == 16
-    run = trained.open_run(made / "run")
+    run = encoder.open_run(made / "run")
     params, _ = encoder.part_of(run)
     synthetic.assert_same(params, run.extra["teacher"]["params"]["encoder"])
     assert synthetic.differing(params, run.params["he"]["encoder"])
@@ -75,5 +88,5 @@ def test_a_convnet_has_no_attention(made):
     run = trained.open_run(made / "run")
     with run.config.unlocked():
         run.config.encoder = "compact,widths=8"
-    with pytest.raises(ValueError, match="'compact,widths=8', which has no attention: it takes a ViT"):
+    with pytest.raises(ValueError, match="'compact,widths=8', which has no attention: it takes a ViT over tiles"):
         attention.of_tiles(run, np.zeros((1, 16, 16, 3), np.uint8))

@@ -45,6 +45,20 @@ def test_rows_are_the_first_tiles_of_training_and_the_seed_chooses_them(folder, 
     assert not np.array_equal(np.asarray(Image.open(other)), sheet)
 
 
+@pytest.mark.usefixtures("compile_cache")
+def test_small_crops_stand_beside_the_large_ones(folder, tmp_path):
+    made = synthetic.tiny("dino", data__tileset=str(folder), data__batch=6)
+    sheet = np.asarray(Image.open(contact_sheet.of_config(made, tmp_path / "views.png", rows=2)))
+    assert sheet.shape[1] == 5 * (CELL + GAP) + GAP  # stored, two large, two small
+    for row in range(2):
+        for column, pixels in enumerate((None, 16, 16, 8, 8)):
+            found = cell(sheet, row, column)
+            assert found.std() > 10
+            if pixels:  # enlarged without smoothing
+                step = CELL // pixels
+                np.testing.assert_array_equal(found, found[::step, ::step].repeat(step, 0).repeat(step, 1))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

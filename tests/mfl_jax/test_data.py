@@ -1,5 +1,6 @@
 """From a tile set to facts and batches, and the refusal to go on with another one."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from configs import common
 from mfl_jax import config as configs
 from mfl_jax import data, metrics, sharding, train
 from mfl_jax.views import Modality
+from tests.input_pipeline.stream.test_stream_faults import flip
 from tests.input_pipeline.tileset import samples
 from tests.mfl_jax import synthetic, toy
 
@@ -71,6 +73,42 @@ def test_facts_are_those_of_the_batches_that_come(folder):
     placed = sharding.put(batch, sharding.make_mesh())
     abstract = data.abstract_batch(facts, 4, sharding.make_mesh())
     assert {n: (a.shape, a.dtype) for n, a in placed.items()} == {n: (a.shape, a.dtype) for n, a in abstract.items()}
+
+
+def test_everything_is_each_tile_of_the_split_once(folder):
+    part = configs.Reading(config(folder)).data
+    tileset = data.open_set(str(folder))
+    with data.source(part, 0).everything() as stream:
+        batches = list(stream)
+    assert [len(batch["id"]) for batch in batches] == [4, 4]
+    ids = np.concatenate([batch["id"] for batch in batches])
+    assert ids[ids >= 0].tolist() == tileset.ids("train").tolist()
+    assert (np.concatenate([batch["mask"] for batch in batches]) == (ids >= 0)).all()
+    slides = np.concatenate([batch["slide"] for batch in batches])
+    facts = data.facts(part)
+    assert (facts.slides, facts.records) == (len(tileset.slides), len(tileset))
+    assert ids.max() < facts.records
+    assert slides.max() < facts.slides
+
+
+def test_a_bad_tile_is_left_out_of_everything_where_the_run_replaces_it(folder):
+    made = config(folder)
+    made.data.on_bad = "replace"
+    tileset = data.open_set(str(folder))
+    bad = int(tileset.ids("train")[2])
+    flip(tileset, bad)
+    with data.source(configs.Reading(made).data, 0).everything() as stream:
+        ids = np.concatenate([batch["id"] for batch in stream])
+    assert bad not in ids
+    assert (ids >= 0).sum() == 6
+
+
+def test_facts_of_an_earlier_release_are_read_and_do_not_know_how_many_slides_there_are():
+    facts = synthetic.facts(common.data("x", batch=8))
+    document = json.loads(json.dumps(data.facts_document(facts)))
+    assert data.facts_of(document) == facts
+    earlier = {name: value for name, value in document.items() if name not in ("slides", "records")}
+    assert (data.facts_of(earlier).slides, data.facts_of(earlier).records) == (0, 0)
 
 
 def test_near_and_far_tiles_come_with_the_batch_when_asked(folder):

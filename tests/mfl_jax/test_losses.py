@@ -152,15 +152,17 @@ def test_info_nce_masks_rows_and_leaves_out_rows_of_one_group():
 def test_other_keys_of_the_batch_are_negatives_too_but_for_absent_rows_and_those_of_the_group():
     a, b = draw(4, 5, seed=1), draw(4, 5, seed=2)
     group, of_queue, mask = np.array([0, 1, 0, 2]), np.array([0, 0, 1, 3, 1, 0, 1]), np.array([1, 1, 1, 0], bool)
+    there = np.array([1, 1, 0, 1, 1, 0, 1], bool)
     expected = []
     for i in range(3):
         q = unit(a)[i]
-        rows = [q @ QUEUE[j].astype(np.float64) for j in range(7) if of_queue[j] != group[i]]
+        rows = [q @ QUEUE[j].astype(np.float64) for j in range(7) if of_queue[j] != group[i] and there[j]]
         rows += [q @ unit(b)[j] for j in range(3) if group[j] != group[i]]
         logits = np.array([q @ unit(b)[i], *rows]) / 0.2
         expected.append(logsumexp(logits) - logits[0])
     a[3] = b[3] = np.nan
     options = {"group": jnp.asarray(group), "queue_group": jnp.asarray(of_queue), "mask": jnp.asarray(mask)}
+    options["queue_mask"] = jnp.asarray(there)
     value, _ = losses.queue_nce(a, b, jnp.asarray(QUEUE), batch_negatives=True, **options)
     np.testing.assert_allclose(value, np.mean(expected), rtol=1e-5)
 

@@ -118,3 +118,10 @@ def test_sinkhorn_of_three_rounds_leaves_out_masked_rows(scale):
     assert not np.any(ours[~mask])
     nobody = losses.sinkhorn_targets(logits, 0.04, mask=jnp.zeros(8, bool))
     assert not np.any(nobody)
+
+
+def test_many_classes_cost_a_few_copies_of_the_logits_not_one_for_every_pair_of_views():
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((10, 8, 4096), (2, 8, 4096))]
+    run = jax.jit(jax.value_and_grad(lambda student, targets: losses.dino_ce(student, targets), has_aux=True))
+    temporary = run.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 2.5 * 10 * 8 * 4096 * 4

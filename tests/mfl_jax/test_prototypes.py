@@ -176,6 +176,44 @@ def test_a_slide_alone_has_no_neighbour(known):
     assert (found.transfer == -1).all()
 
 
+def near_of(slide):
+    slide = np.array(slide, np.int32)[:, None]
+    return prototypes.Neighbours(slide, np.where(slide < 0, -np.inf, 1.5).astype(np.float32), slide[..., None])
+
+
+def test_sizes_and_likeness_in_numbers():
+    sizes = np.array([[5, 5], [9, 1], [0, 0]], np.int32)
+    assignment = np.array([0] * 20 + [-1] * 5)
+    made = prototypes.Prototypes(np.zeros((3, 2, 4)), assignment, np.array([True, True, False]), sizes)
+    told = prototypes.described(made, near_of([1, 0, -1]))
+    entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1)) / np.log(2)
+    assert told == pytest.approx(
+        {"eligible_slides": 2, "eligible_regions": 0.8, "cluster_min": 1, "cluster_mean": 5, "cluster_max": 9,
+         "cluster_evenness": (1 + entropy) / 2, "neighbour_cosine": 0.75}
+    )  # fmt: skip
+    none = made._replace(eligible=np.zeros(3, bool))
+    assert prototypes.described(none, near_of([-1, -1, -1]))["eligible_slides"] == 0
+
+
+def test_churn_does_not_count_clusters_that_changed_their_number():
+    slide = np.repeat([0, 1, 2], 6)
+    before = np.array([0, 0, 0, 1, 1, 1] * 2 + [-1] * 6)
+    after = np.array([1, 1, 1, 0, 0, 0] + [1, 1, 0, 0, 0, 0] + [0] * 6)
+    told = prototypes.changes(before, after, slide, np.array([[1], [0], [-1]]), near_of([1, 2, 0]))
+    assert told == pytest.approx({"assignment_churn": 1 / 12, "neighbour_churn": 0.5})
+    assert prototypes.changes(before * 0 - 1, after, slide, np.full((3, 1), -1), near_of([1, 2, 0])) == {}
+
+
+def test_purity_is_of_slides_whose_regions_have_one_label():
+    slide, label = np.repeat(np.arange(5), 2), np.array([0, 0, 0, -1, 1, 1, 1, 1, 0, 1])
+    case = np.array([7, 7, 7, 7, 8, 8, 9, 9, 9, 9])
+    told = prototypes.kinds(near_of([1, 2, 3, 2, 0]), slide, {"label": label, "case": case})
+    assert told["neighbour_purity"] == 3 / 4  # 0 -> 1, 2 -> 3, 3 -> 2, not 1 -> 2; slide 4 is of two kinds
+    assert told["neighbour_purity_chance"] == pytest.approx(1 / 3)
+    assert told["neighbour_same_case"] == 1 / 5
+    assert not prototypes.kinds(near_of([1, 0]), np.array([0, 1]), {"label": np.zeros(2, int)})  # of one kind alone
+
+
 DEVICES = """
 import jax, numpy as np
 from mfl_jax import prototypes, sharding

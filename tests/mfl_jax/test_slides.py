@@ -2,17 +2,22 @@
 
 import csv
 import os
+from dataclasses import replace
 
 import h5py
 import jax
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
-from input_pipeline import tile
-from mfl_jax import cli, models, slides
+from input_pipeline import cohort, tile
+from input_pipeline.phantom.files import write_svs
+from mfl_jax import cli, models, slides, store
+from mfl_jax.extract import extract
 from mfl_jax.interop import weights
 from tests.input_pipeline.tileset import samples
+from tests.mfl_jax import drawn_slides
 
 SPEC, SIDE = "vit_ti16,features=12,heads=3,blocks=1", 32
 PARAMS = tile.Params(size=SIDE, mpp=0.5, default_mpp=0.5, max_blur=1.0)
@@ -175,3 +180,29 @@ def test_a_wrong_request_is_one_line(arguments, message, tmp_path, monkeypatch, 
 def test_export_of_no_run(tmp_path, capsys):
     assert cli.main(["export", str(tmp_path / "no"), "--out", str(tmp_path / "out")]) == 2
     assert "is no run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_slides(tmp_path, monkeypatch):
+    """Files of their own, 64 tiles each: what one tile of pixels a slide held on to would show (0.8 MB a slide)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    write_svs(tmp_path / "first.svs", pixels, 0.5, "first")
+    rows = []
+    for i in range(200):
+        path = tmp_path / f"s{i:03d}.svs"
+        path.write_bytes((tmp_path / "first.svs").read_bytes())
+        rows.append(cohort.Slide(path.stem, path.stem, path))
+    params = tile.Params(size=64, mpp=0.5, min_tissue=0.0, max_blur=1.0, max_pen=1.0)
+    tile.tile_cohort(rows, tmp_path / "tiled", params, workers=0, progress=False)
+    used, writer = [], store.writer
+
+    def watched(*given):
+        used.append(psutil.Process().memory_info().rss / 2**20)
+        return writer(*given)
+
+    monkeypatch.setattr(store, "writer", watched)
+    made = replace(drawn_slides.encoder(), size=64, exact=True)
+    report = extract(slides.of_tiled(tmp_path / "tiled"), made, tmp_path / "out", batch=64, progress=False)
+    assert [row["state"] for row in report.rows] == ["done"] * 200
+    assert report.rows[0]["tiles"] == 64
+    assert np.median(used[-20:]) - np.median(used[40:60]) < 24

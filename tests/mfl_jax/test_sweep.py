@@ -276,7 +276,7 @@ class Sleeper:
 
 
 def test_side_by_side_runs_no_more_than_asked_and_names_the_one_that_failed(tmp_path, monkeypatch):
-    lengths, most, environments = {"a": 3, "b": 1, "c": 2, "d": 1}, [], []
+    lengths, most, environments = {"a": 3, "b": 1, "c": 2, "d": 1, "e": 1}, [], []
 
     def start(job, environment):
         job.workdir.mkdir(parents=True)
@@ -288,13 +288,17 @@ def test_side_by_side_runs_no_more_than_asked_and_names_the_one_that_failed(tmp_
 
     monkeypatch.setattr(sweep, "_start", start)
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
-    jobs = [sweep.Job(name, "x.py", tmp_path / name) for name in lengths]
-    ended = {job.name: fault for job, fault in sweep.local(jobs, 2)}
-    assert set(ended) == set(lengths)
+    jobs = [sweep.Job(name, "x.py", tmp_path / name) for name in "abcd"]
+    ended = {job.name: fault for job, fault in sweep.local(jobs, 2, {"CACHE": "here"})}
+    assert set(ended) == set("abcd")
     assert max(most) == 2
     assert [name for name, fault in ended.items() if fault] == ["c"]
     assert "exit status 7: it was so" in ended["c"]
     assert all("intra_op_parallelism_threads=1" in e["XLA_FLAGS"] for e in environments)
+    assert all((e["CACHE"], e["XLA_PYTHON_CLIENT_PREALLOCATE"]) == ("here", "false") for e in environments)
+    environments.clear()
+    assert len(list(sweep.local([sweep.Job("e", "x.py", tmp_path / "e")], 1, {"CACHE": "here"}))) == 1
+    assert environments == [{"CACHE": "here"}]  # alone, a run has the machine as it is
 
 
 def test_who_stops_the_sweep_stops_its_runs(tmp_path, monkeypatch):

@@ -234,7 +234,7 @@ def _values(table: Table, folds: Sequence[Fold], rows: np.ndarray, scores: np.nd
 def _differences(
     arms: Sequence[Arm], metric: str, table: Table, folds: Sequence[Fold], options: Mapping[str, int]
 ) -> tuple[Difference, ...]:
-    if len(arms) < 2:
+    if len(arms) < 2 or not options["resamples"]:
         return ()
     given = {arm.name: arm.result for arm in arms}
     function = _concordance(table, folds, arms[0].result.ids) if table.survival else metric

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -56,6 +57,18 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
         arms.train_all(tmp_path, demo.SMALL, tmp_path / "set", **options)
 
 
+def test_programs_are_kept_beside_the_runs_or_where_the_user_has_them(tmp_path):
+    names = (demo.CACHE, "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update(demo.CACHE, None)
+        assert demo.keep_programs(tmp_path) == {names[0].upper(): str(tmp_path), names[1].upper(): "0.5"}
+        assert demo.keep_programs(tmp_path / "other")[names[0].upper()] == str(tmp_path)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 def test_neighbours_are_of_other_cases_and_nearest_first():
     angle = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     features = np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -67,8 +80,10 @@ def test_neighbours_are_of_other_cases_and_nearest_first():
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_report_and_again_without_training(tmp_path, compile_cache):
-    """The whole path, by encoders that are hardly any: what is long here is the start of ten processes."""
+def test_from_nothing_to_a_report_and_again_without_training(tmp_path, compile_cache, monkeypatch):
+    """The whole path, by encoders that are hardly any: what is long here is the start of ten processes. Again, with
+    less to evaluate, nothing is trained and the figures are the same.
+    """
     size = arms.Size("phantom", tile=64, slide=640, cases=8)
     more = "total.steps=3,optim.warmup='0 steps',data.batch=32,encoder='compact,widths=8',views.size=32"
     options = {"seeds": 2, "more": more, "progress": False}
@@ -91,7 +106,11 @@ def test_from_nothing_to_a_report_and_again_without_training(tmp_path, compile_c
     assert "saliency" in found or "saliency" in found["skipped"]
     assert set(found["ledger"][0]["seconds"]) >= {"training", "evaluation"}
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("checkpoints/*/*")}
+    monkeypatch.setattr(demo, "KINDS", ("probe",))
+    monkeypatch.setattr(demo, "LOOKED_AT", ("mfl",))
     demo.demo(tmp_path, size, **options)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("checkpoints/*/*")}
     again = json.loads((tmp_path / "results.json").read_text())
-    assert again["arms"] == found["arms"]
+    for arm in again["arms"]:
+        assert arm["metrics"] == {key: named[arm["name"]]["metrics"][key] for key in arm["metrics"]}
+        assert "marker/auc" in arm["metrics"]

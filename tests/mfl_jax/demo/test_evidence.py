@@ -13,9 +13,9 @@ import pytest
 
 from mfl_jax import report
 from mfl_jax.bags import Table
-from mfl_jax.demo import evidence
-from mfl_jax.evaluation import ArmRuns, Seed
+from mfl_jax.demo import claims, evidence
 from mfl_jax.evaluators import LeakError, mil
+from mfl_jax.findings import ArmRuns, Seed
 
 ROOT = Path(__file__).parents[3]
 CASES, TILES, DIM = 16, 12, 4
@@ -54,8 +54,10 @@ def made(tmp_path, pretrained=("seen",)):
 
 def test_heads_on_encoders_become_arms_and_are_not_trained_twice(tmp_path, compile_cache, monkeypatch):
     work, found, table = made(tmp_path)
-    arms = evidence.slide_arms(work, found, table, "lesion", ("maxpool",), say=lambda line: None)
-    assert [(arm.name, len(arm.seeds)) for arm in arms] == [("good/maxpool", 2), ("dull/maxpool", 2)]
+    heads = ("maxpool", "meanpool")
+    arms = evidence.slide_arms(work, found, table, "lesion", heads, say=lambda line: None)
+    names = [f"{encoder}/{head}" for encoder in ("good", "dull") for head in heads]
+    assert [(arm.name, len(arm.seeds)) for arm in arms] == [(name, 2) for name in names]
     arms.append(evidence.ceiling(found, "good", "tile", table, "lesion", top=1))
     pairs = [("good/maxpool", "dull/maxpool"), ("good/maxpool", "good/top1")]
     judged = evidence.judge_slides(work, Tiles, table, "lesion", arms, pairs)
@@ -65,13 +67,20 @@ def test_heads_on_encoders_become_arms_and_are_not_trained_twice(tmp_path, compi
     assert auc["good/maxpool"] > 0.8 > auc["dull/maxpool"]
     assert "1 cases" not in judged["intervals"]
     monkeypatch.setattr(evidence.mil, "study", lambda *given, **more: pytest.fail("trained again"))
-    again = evidence.slide_arms(work, found, table, "lesion", ("maxpool",), say=lambda line: None)
+    again = evidence.slide_arms(work, found, table, "lesion", heads, say=lambda line: None)
     for one, other in zip(arms, again, strict=False):
         np.testing.assert_array_equal(one.seeds[1].predictions["lesion"], other.seeds[1].predictions["lesion"])
-    assert evidence._stored(tmp_path / "none.npz", found, table, ("maxpool",)) == {}
-    changed = replace(found, digests={"run": "another"})
-    kept = work.out / "predictions" / "lesion" / "good-0.npz"
-    assert evidence._stored(kept, changed, table, ("maxpool",)) == {}
+    assert evidence._stored(tmp_path / "none.npz", work, found, table) is None
+    kept = work.out / "predictions" / "lesion" / "maxpool" / "good-0.npz"
+    assert evidence._stored(kept, work, found, table) is not None
+    assert evidence._stored(kept, work, replace(found, digests={"run": "another"}), table) is None
+
+
+def test_the_effective_rank_is_the_number_of_independent_directions():
+    x = np.random.default_rng(0).normal(size=(9000, 3))
+    assert evidence.effective_rank(x) == pytest.approx(3, abs=0.05)
+    assert evidence.effective_rank(np.concatenate([x, 5 * x, -x], 1)) == pytest.approx(3, abs=0.05)
+    assert evidence.effective_rank(x[:, :1] * np.ones((1, 8))) == pytest.approx(1, abs=1e-6)
 
 
 def test_an_encoder_that_has_seen_a_tested_case_is_refused(tmp_path):
@@ -101,7 +110,7 @@ def judged(gain: tuple, short: tuple) -> dict:
             (0.2, -0.1, 0.3, 0.2),
             (-0.01, -0.05, 0.0, 1.0),
             "lifts 0 of 2 heads clearly",
-            "is likelier than not, and not",
+            "is likelier than not, and not shown.",
         ),
         ((-0.2, -0.3, -0.1, 0.01), (-0.2, -0.3, -0.1, 0.01), "and lowers 2 above", "not within 0.02 of it."),
         ((0.2, 0.1, 0.3, 0.01), (-0.03, -0.05, 0.0, 1.0), "lifts every head", "is unlikely, and not shown."),
@@ -110,8 +119,8 @@ def judged(gain: tuple, short: tuple) -> dict:
 )
 def test_claims_follow_intervals(gain, short, first, second):
     found = judged(gain, short)
-    assert first in evidence.lifted(found, "lesion", ("a", "b"), ("ssl",), "random")
-    said = evidence.near_ceiling(found, "lesion", ("a", "b"), ("ssl",), "where", within=0.02)
+    assert first in claims.lifted(found, "lesion", ("a", "b"), ("ssl",), "random")
+    said = claims.near_ceiling(found, "lesion", ("a", "b"), ("ssl",), "where", within=0.02)
     assert said.startswith("The best head without such labels, SSL/B, has an AUC of 0.950, the ceiling 0.960")
     assert said.endswith(second)
 

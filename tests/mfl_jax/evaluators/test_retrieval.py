@@ -74,6 +74,17 @@ def test_a_query_without_an_answer_is_counted_and_said():
         retrieval.evaluate(c["features"], c["columns"], c["splits"], Task("t"))
 
 
+def test_tiles_of_other_splits_need_not_be_there():
+    c = cohort(seed=2)
+    every = retrieval.evaluate(c["features"], c["columns"], c["splits"], Task("t", "label"), resamples=0)
+    kept = np.isin(c["columns"]["case"], c["splits"]["test"])
+    columns = {name: values[kept] for name, values in c["columns"].items()}
+    alone = retrieval.evaluate(c["features"][kept], columns, c["splits"], Task("t", "label"), resamples=0)
+    np.testing.assert_array_equal(alone.each["map"], every.each["map"])
+    with pytest.raises(ValueError, match="no example of split 'other' has a known target"):
+        retrieval.evaluate(c["features"], c["columns"], c["splits"], Task("t", "label"), split="other")
+
+
 def test_tumour_tiles_are_reported_apart():
     c = cohort(seed=2, signal=2.0)
     result = retrieval.evaluate(c["features"], c["columns"], c["splits"], Task("t"), resamples=50)

@@ -2,7 +2,13 @@
 
 import functools
 import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +16,13 @@ import numpy as np
 import pytest
 
 from mfl_jax import config as configs
-from mfl_jax import losses, sharding, train
+from mfl_jax import losses, metrics, sharding, train
 from mfl_jax.config import Reading
 from mfl_jax.methods import dino, slpd
 from tests.mfl_jax import synthetic
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
+ROOT = Path(__file__).parents[3]
 K, NEIGHBOURS, REGIONS = 2, 2, 64
 INTRA, INTER = 0.7, 0.3
 
@@ -108,7 +115,7 @@ def test_each_term_and_centre_is_that_of_a_plain_restatement():
                            jax.device_get(extra), made)  # fmt: skip
     for term, (cost, _) in expected.items():
         assert float(metrics[f"loss_{term}"]) == pytest.approx(cost, rel=1e-5), term
-    assert [len(logits) for _, logits in expected.values()] == [5, 6]
+    assert [len(logits) for _, logits in expected.values()] == [5, 8]
     total = float(metrics["loss_self"]) + INTRA * expected["intra"][0] + INTER * expected["inter"][0]
     assert float(value) == pytest.approx(total, rel=1e-5)
     assert float(metrics["share_intra"]) == pytest.approx(5 / 7)
@@ -131,7 +138,7 @@ def test_a_shared_centre_moves_by_the_rows_of_both_terms():
     plain = jax.device_get(extra) | dict.fromkeys(("centre_intra", "centre_inter"), np.zeros(48))
     expected = plain_terms(np.zeros((2, 8, 48)), state.extra["teacher"]["params"]["last"]["kernel"], plain, made)
     rows = np.concatenate([logits for _, logits in expected.values()])
-    assert float(out["centre_prototypes"]["count"]) == len(rows) == 11
+    assert float(out["centre_prototypes"]["count"]) == len(rows) == 13
     np.testing.assert_allclose(out["centre_prototypes"]["total"], rows.sum(0), atol=1e-5)
 
 
@@ -259,6 +266,11 @@ def test_facts_of_an_earlier_release_are_refused_and_weights_of_zero_leave_a_ter
     _, extra = jax.eval_shape(method.init, jax.random.key(0), synthetic.batch(facts, 0))
     assert "centre_intra" not in extra
     assert "centre_inter" in extra
+    config.slpd.inter = 0.0
+    method = train.plan(config, source=synthetic.Source(facts), facts=facts).method
+    _, extra = jax.eval_shape(method.init, jax.random.key(0), synthetic.batch(facts, 0))
+    assert extra.keys() == {"he", "teacher", "centre"}
+    assert method.refresh is None
 
 
 def test_the_first_look_is_after_as_many_epochs_as_the_paper_says():
@@ -267,3 +279,55 @@ def test_the_first_look_is_after_as_many_epochs_as_the_paper_says():
     refresh = train.plan(config, source=synthetic.Source(facts), facts=facts).method.refresh
     assert (refresh.start, refresh.every) == (2000, 100)
     assert [step for step in range(2301) if refresh.due(step)] == [2000, 2100, 2200, 2300]
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+from mfl_jax import preempt, train
+from tests.mfl_jax import synthetic
+preempt.initialize()
+import jax, numpy as np
+config = synthetic.tiny("slpd", total__steps=4, slpd__every="2 steps", optim__name="sgd", log_every=1)
+facts = synthetic.facts(config.data)
+source = synthetic.Source(facts, hosts=(jax.process_index(), jax.process_count()))
+state = train.train(config, Path(sys.argv[1]), source=source, facts=facts, progress=False)
+tables = {n: np.asarray(state.extra[n]) for n in ("assignment", "neighbour", "transfer", "eligible")}
+print(json.dumps({n: t.astype(int).tolist() for n, t in tables.items()}), flush=True)
+"""
+
+
+def completed(workdir: Path, count: int) -> list[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = []
+    for index in range(count):
+        many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"} | (many if count > 1 else {})
+        command, pipes = (
+            [sys.executable, "-c", RUN, str(workdir)],
+            {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+        )
+        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
+    try:
+        told = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * count, [errors[-2000:] for _, errors in told]
+    return [out.strip().splitlines()[-1] for out, _ in told]
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(tmp_path):
+    (one,) = completed(tmp_path / "one", 1)
+    assert set(completed(tmp_path / "two", 2)) == {one}
+    assert -1 not in json.loads(one)["assignment"]
+    curves = [
+        [row["loss"] for row in metrics.read(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("one", "two")
+    ]
+    assert len(curves[0]) == 4
+    np.testing.assert_allclose(*curves, rtol=1e-5)

@@ -60,6 +60,53 @@ def test_batch_norm_against_numpy(groups, shift):
     np.testing.assert_allclose(new["batch_stats"]["var"], 0.9 + 0.1 * unbiased, rtol=1e-4)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradient_of_batch_norm_against_differences(groups, relu):
+    x, slope = noise(4, 3, 2) * 3 + 1, noise(4, 3, 2)
+    scale, bias = np.array([1.5, -0.5], np.float32), np.array([0.3, 0.1], np.float32)
+    module = layers.BatchNorm(groups=groups, relu=relu)
+    stats = {"mean": jnp.full(2, 0.7), "var": jnp.ones(2)}
+
+    def ours(x, scale, bias):
+        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+        return jnp.sum(module.apply(variables, x, True, mutable=["batch_stats"])[0] * slope)
+
+    def plain(x, scale, bias):
+        rows = x.reshape(groups, -1, 2)
+        y = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-5) * scale + bias
+        return np.sum((np.maximum(y, 0) if relu else y).reshape(x.shape) * slope)
+
+    found = jax.jit(jax.grad(ours, (0, 1, 2)))(x, scale, bias)
+    given = [np.asarray(a, np.float64) for a in (x, scale, bias)]
+    for which, gradient in enumerate(found):
+        for place in np.ndindex(gradient.shape):
+            moved = []
+            for by in (1e-5, -1e-5):
+                args = [a.copy() for a in given]
+                args[which][place] += by
+                moved.append(plain(*args))
+            np.testing.assert_allclose(gradient[place], (moved[0] - moved[1]) / 2e-5, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [(7, 8), (4, 5)])
+def test_gradient_of_max_pool_goes_to_the_first_of_the_largest(side):
+    x = np.round(np.abs(noise(2, *side, 3)))  # many are equal
+    size = [(n + 1) // 2 for n in side]
+    slope = noise(2, *size, 3)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.sum(layers.max_pool(x) * slope)))(x)
+    expected, total = np.zeros_like(x), 0.0
+    for b, i, j, c in np.ndindex(slope.shape):
+        rows, columns = (slice(max(2 * k - 1, 0), 2 * k + 2) for k in (i, j))
+        window = x[b, rows, columns, c]
+        a, d = divmod(int(window.argmax()), window.shape[1])
+        expected[b, rows.start + a, columns.start + d, c] += slope[b, i, j, c]
+        total += window.max() * slope[b, i, j, c]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(value, total, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(layers.max_pool)(x), jax.jit(lambda x: layers._max_pool(x)[0])(x))
+
+
 def test_gelu_against_its_definition():
     from scipy.special import erf
 

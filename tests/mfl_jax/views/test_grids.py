@@ -39,6 +39,21 @@ def test_a_window_is_a_piece_of_the_grid_as_it_is_and_every_place_comes_up():
     assert np.array_equal(np.asarray(view("window(6)")(KEY, stored)), stored)
 
 
+def test_a_window_with_more_tries_is_half_as_full_as_the_grid_or_the_fullest_that_was_drawn():
+    stored = grids(side=8)
+    stored[:, :, 3:] = 0  # tissue at the edge: most windows of 3 x 3 hold nothing of it
+    stored[0] = 0
+    once, often = (np.asarray(view(f"window(3,{tries})")(KEY, stored))[..., -1].mean((1, 2)) for tries in (1, 8))
+    enough = 0.5 * stored[..., -1].astype(np.float64).mean((1, 2))
+    assert (once[1:] == 0).mean() > 0.3
+    assert (often[1:] >= enough[1:]).mean() > 0.95
+    assert (often >= once).mean() > 0.8
+    assert often[0] == 0
+    whole = [[g[i : i + 3, j : j + 3] for i in range(6) for j in range(6)] for g in grids(side=8)]
+    seen = np.asarray(view("window(3,tries=4)")(KEY, grids(side=8)))
+    assert len(set(matches(seen, whole))) > 20
+
+
 def test_the_view_of_evaluation_is_the_middle():
     stored = grids(3, side=16)
     np.testing.assert_array_equal(view("centre", 14)(KEY, stored), stored[:, 1:15, 1:15])
@@ -76,7 +91,7 @@ def test_tiles_are_dropped_whole_and_noise_is_of_tiles_that_are_there():
 def test_many_crops_by_one_key_and_each_its_own():
     stored = grids(4)
     views = parse_many("2*window|flip; 3*window|flip|size(2)", size=5, kind="grid", channels=4)
-    assert str(views) == "2*window(5)|flip(0.5); 3*window(2)|flip(0.5)"
+    assert str(views) == "2*window(5,1)|flip(0.5); 3*window(2,1)|flip(0.5)"
     assert str(parse_many(str(views), kind="grid", channels=4)) == str(views)
     seen = [np.asarray(v) for v in jax.jit(views)(KEY, stored)]
     assert [v.shape for v in seen] == [(4, 5, 5, 4)] * 2 + [(4, 2, 2, 4)] * 3
