@@ -18,8 +18,9 @@ SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 def embedded(columns: Mapping[str, np.ndarray], ids: np.ndarray, way: str, column: str = "region") -> Embedded:
     """'mixture': the kind of each tile, one of K. 'purity' [2 K]: the same, apart for tiles that hold little else;
-    where kinds meet tiles hold several, so that it tells of the arrangement too. 'arrangement' [K * K]: for each tile
-    the kinds of its neighbours on the four sides, by its own kind; over a slide, which kinds lie beside which."""
+    tiles where kinds meet hold several, so that it tells of the arrangement too. 'arrangement' [K * K]: for each tile
+    the kinds of its neighbours on the four sides, by its own kind; over a slide, which kinds lie beside which.
+    """
     if way not in WAYS:
         raise ValueError(f"way is {way!r}; there are {', '.join(WAYS)}")
     if column not in columns:

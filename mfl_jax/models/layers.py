@@ -141,8 +141,8 @@ gelu.defvjp(gelu_and_slope, lambda slope, g: (g * slope,))
 
 
 def attend(qkv: jax.Array, there: jax.Array | None = None) -> jax.Array:
-    """Softmax attention of [B, N, 3, heads, D], to [B, N, heads, D]; to the tokens that are `there` [B, N], at least one
-    a row. Where cuDNN has it as one kernel the N x N weights never reach memory: a sixth of all that a step of
+    """Softmax attention of [B, N, 3, heads, D] to the tokens that are `there` [B, N], at least one a row: [B, N, heads,
+    D]. Where cuDNN has it as one kernel the N x N weights never reach memory: a sixth of all that a step of
     ViT-S/16 at 224 px reads and writes. Elsewhere heads come before tokens: XLA:CPU takes a sixth longer to attend the
     other way round.
     """
