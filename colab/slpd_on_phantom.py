@@ -103,13 +103,13 @@ study = slide_study.study(every, table, transductive=True, **options, say=eviden
 # ## What came out
 
 # %%
-lines = [levels.written(study)]
+lines, fallen = [levels.written(study)], levels.collapsed(runs)
 for way, title in (("knn", "Nearest neighbours"), ("linear", "Linear"), ("hipt", "Aggregator")):
     for share in study.draws:
         asked = (("slpd", "dino"), ("dino", "mean") if way != "hipt" else ("dino", "abmil"))
         told = "; ".join(levels.compared(study, way, share, *pair) for pair in asked)
         lines.append(f"{title}, {share:.0%} of the labels: {told}.")
-for line in lines:
+for line in (*lines, *fallen):
     evidence.tell(line)
 
 # %%
@@ -117,6 +117,10 @@ words = {
     "title": "Prototypes of slides, on the phantom",
     "question": "Is SLPD above DINO on regions, and that above the mean of tile features, for telling slides apart?",
 }
-more = {"answer": levels.answer(study, lines), "curves": levels.curves(runs), **levels.record(work, tileset, digests)}
-results, path = slide_level.write(work.out, study, **words, notes=lines, more=more)
+more = {
+    "answer": levels.answer(study, lines, fallen),
+    "curves": levels.curves(runs),
+    **levels.record(work, tileset, digests),
+}
+results, path = slide_level.write(work.out, study, **words, notes=[*fallen, *lines], more=more)
 evidence.tell(f"Open {path}; all figures are in {work.out / 'results.json'}.")

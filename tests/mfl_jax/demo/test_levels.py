@@ -30,7 +30,17 @@ def test_a_claim_is_shown_by_its_paired_difference_alone():
     answer = levels.answer(study, ["first", "second"])
     assert "SLPD is clearly above DINO in 0 of 4 figures, below in 0; DINO is clearly above MEAN in 4 of 4" in answer
     assert answer.endswith("second")
+    assert "2 runs collapsed" in levels.answer(study, ["first", "second"], ["one", "two"])
     assert "from the arrangement" in levels.written(study)
+
+
+def test_a_run_that_ended_collapsed_is_named(tmp_path):
+    for name, last in (("dino-0", 1.0), ("slpd-0", 0.0)):
+        rows = [{"step": 9, "collapsed": 1.0}, {"step": 19, "collapsed": last}, {"step": 20, "note": "saved"}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = {"transductive": {"dino": [tmp_path / "dino-0"], "slpd": [tmp_path / "slpd-0"]}}
+    assert levels.collapsed(runs) == ["Collapsed at step 19: dino-seen, dino-0."]
 
 
 @pytest.mark.slow
