@@ -75,5 +75,5 @@ def sweep() -> Iterator[str]:
         for word in ("", "full,", "turn,", "drop,", "turn,drop,"):
             yield f"{word}seed={seed}"
         yield f"views.local='',seed={seed}"
-        for momentum in (0.99, 0.999):
+        for momentum in (0.98, 0.999):
             yield f"dino.momentum={momentum},seed={seed}"

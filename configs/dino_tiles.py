@@ -104,7 +104,7 @@ def _sized(config: ConfigDict, given: set[str]) -> None:
 def sweep() -> Iterator[str]:
     """What is after the colon, one run each: encoder, centring, small crops, the teacher's pace."""
     for seed in range(3):
-        for word in ("", "resnet,", "sinkhorn,", "registers,"):
+        for word in ("vit,", "resnet,", "sinkhorn,", "registers,"):
             yield f"{word}seed={seed}"
         yield f"views.local='',seed={seed}"
         for momentum in (0.99, 0.999):

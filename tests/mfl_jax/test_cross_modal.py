@@ -10,7 +10,7 @@ import pytest
 
 from configs import common
 from input_pipeline.tileset import Partner, Record, Spec, finish, write_slide
-from mfl_jax import cli, cross_modal, methods, train, trained
+from mfl_jax import cli, cross_modal, data, methods, train
 from tests.mfl_jax import synthetic, toy
 
 SIZE = 8
@@ -109,7 +109,7 @@ def test_methods_that_compare_modalities_project_both_into_one_space(name):
 
     method = methods.make(configs.Reading(config), facts, sharding.make_mesh())
     batch = {k: v for k, v in synthetic.batch(facts, 0).items() if v.dtype.kind != "U"}
-    params, extra = jax.eval_shape(method.init, jax.random.key(0), trained.batch_shapes(facts, synthetic.BATCH))
+    params, extra = jax.eval_shape(method.init, jax.random.key(0), data.batch_shapes(facts, synthetic.BATCH))
     found = jax.eval_shape(method.align["if"], params, extra, {name: batch[name] for name in ("he", "if")})
     assert found["he"].shape == found["if"].shape == (synthetic.BATCH, 16)
     assert list(method.align) == ["if"]

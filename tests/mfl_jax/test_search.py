@@ -46,10 +46,10 @@ def test_the_same_kind_is_found_outside_of_what_is_left_out(across):
     tiles = made()
     hits = search.search(tiles, np.array([30]), 9, across)
     assert (tiles.columns["kind"][hits.rows] == 0).all()
-    left_out = {"case": range(24, 48), "slide": range(24, 36), "tile": [30]}[across]
+    left_out = {"case": range(24, 48), "slide": range(24, 36), "tile": [30], "nothing": []}[across]
     unit = topk.unit(tiles.features).astype(float)
     close = unit @ unit[30]
-    close[list(left_out)] = -np.inf
+    close[np.array(list(left_out), int)] = -np.inf
     assert hits.rows.tolist() == np.argsort(-close, kind="stable")[:9].tolist()
     np.testing.assert_allclose(hits.cosine, close[hits.rows], atol=1e-6)
 

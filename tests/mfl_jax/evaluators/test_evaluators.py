@@ -13,6 +13,7 @@ from mfl_jax.data import Facts
 from mfl_jax.evaluators.embed import colour_statistics
 from mfl_jax.methods.base import Method
 from mfl_jax.step import State
+from mfl_jax.views import Modality
 
 SIZE = 8
 SPEC = Spec(
@@ -61,7 +62,7 @@ def part(root, what: str, **changed) -> dict:
 
 def build(parts: dict, size: int = SIZE, trained: tuple[str, ...] = ()):
     reading = configs.Reading(ConfigDict(parts))
-    facts = Facts(size, 0.5, {}, {}, SPEC.label_names, 1, trained)
+    facts = Facts(size, 0.5, {"he": Modality()}, {}, SPEC.label_names, 1, trained)
     made = evaluators.make(reading, facts, sharding.make_mesh())
     reading.check_all_read()
     return {e.name: e for e in made}
