@@ -222,6 +222,13 @@ def reliability(study: Study, notes: Sequence[str]) -> list[str]:
     for (name, way, share), scored in study.scored.items():
         found += [f"{name}, {way} at {tables.percent(share)}: {note}" for note in scored.notes]
     found += [f"{name}, {RETRIEVAL}: {note}" for name, one in study.found.items() for note in one.notes]
+    if study.differences:
+        made, drawn = len(study.differences), study.differences[0][1].interval.resamples
+        if (least := 2 * made / (drawn + 1)) >= 0.05:
+            found.append(
+                f"{made} differences on {drawn} resamples: after Holm's correction the least p can be {least:.2g}, "
+                "whatever the arms are. Compare fewer (--pairs), or resample more (--resamples)."
+            )
     if len(set(study.table.cases)) < FEW_CASES:
         found.append(f"{len(set(study.table.cases))} cases are few: intervals over them are rough.")
     return found

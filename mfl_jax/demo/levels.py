@@ -47,7 +47,7 @@ class Levels:
     seeds: int  # of the encoders of regions
     folds: int
     epochs: int | None = None  # of slide-level heads
-    resamples: int = 2000
+    resamples: int = 10_000  # p values of a hundred differences are to have room below 0.05
 
 
 # At the rate of configs/dino_regions.py:phantom, and so short a warm-up, DINO alone collapses on these regions within

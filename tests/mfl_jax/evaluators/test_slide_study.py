@@ -138,6 +138,9 @@ def test_the_record_has_figures_folds_and_predictions(done, tmp_path):
     }
     assert {made["arm"] for made in on_disk["projections"]} == {"signal", "noise", "again", "unsaid"}
     assert "unsaid (pre-training unknown)" in page.read_text()
+    made = len(study.differences)
+    said = f"{made} differences on 200 resamples: after Holm's correction the least p can be {2 * made / 201:.2g}"
+    assert any(said in note for note in on_disk["reliability"])
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     mean = study.scored["signal", "linear", 1.0].stack.mean(0)
     np.testing.assert_allclose([float(row["signal linear 1"]) for row in rows], mean, rtol=1e-5)
