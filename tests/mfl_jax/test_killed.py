@@ -1,12 +1,9 @@
 """Processes that are told to stop, or are killed, at instants drawn at random: the same command goes on."""
 
 import contextlib
-import os
 import random
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mfl_jax import metrics
+from tests.mfl_jax import processes as processes_of
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 STEPS = 200
 RUN = """
 import hashlib, os, sys, time
@@ -53,17 +50,7 @@ def running(workdir: Path, count: int) -> Iterator[list[subprocess.Popen]]:
 
 
 def start(workdir: Path, count: int) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = []
-    for index in range(count):
-        many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "MFL_HEARTBEAT_SECONDS": "10"} | (many if count > 1 else {})
-        command = [sys.executable, "-c", RUN, str(workdir)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
-    return processes
+    return processes_of.start(RUN, (workdir,), count, MFL_HEARTBEAT_SECONDS="10")
 
 
 def end(processes: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 
 from mfl_jax import metrics
+from tests.mfl_jax import processes
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 STOP, STEPS = 2, 12
 RUN = """
 import json, sys
@@ -45,25 +44,9 @@ print(json.dumps({"devices": len(kernel.sharding.device_set), "part": kernel.add
 
 
 def completed(workdir: Path, count: int, devices: int, stop_at: int, kept: Path) -> list[dict]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = []
-    for index in range(count):
-        many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"} | (many if count > 1 else {})
-        environment |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, "-c", RUN, str(workdir), str(stop_at), str(kept)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
-    try:
-        told = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * count, [errors[-2000:] for _, errors in told]
-    return [json.loads(out.strip().splitlines()[-1]) for out, _ in told]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    told = processes.completed(RUN, (workdir, stop_at, kept), count, XLA_FLAGS=flags)
+    return [json.loads(line) for line in told]
 
 
 def losses(workdir: Path) -> list[float]:
@@ -127,5 +110,5 @@ def test_from_the_same_state_a_step_of_simsiam_on_eight_devices_is_that_of_one()
     this compares each step from the same state."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", STEPWISE]
-    told = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    told = subprocess.run(command, env=environment, cwd=processes.ROOT, capture_output=True, text=True, timeout=300)
     assert "every step is the same" in told.stdout, told.stderr[-3000:]

@@ -3,18 +3,14 @@
 The signal is sent from within; the run has more steps than it can do, so that it ends for that reason or not at all.
 """
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mfl_jax import metrics
+from tests.mfl_jax import processes
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 AT, MORE = 4, 3  # the step of the signal; how far the run then goes on
 RUN = """
 import hashlib, os, signal, sys
@@ -75,25 +71,8 @@ print("ended", int(state.step), digest.hexdigest(), flush=True)
 
 def completed(workdir: Path, where: str, count: int, *, stop_at: int = 0) -> list[str]:
     """What each process says at the end; the victim is the last, and for a save the one that writes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
     victim = 0 if where == "save" else count - 1
-    processes = []
-    for index in range(count):
-        many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "MFL_HEARTBEAT_SECONDS": "60"} | (many if count > 1 else {})
-        command = [sys.executable, "-c", RUN, str(workdir), where, str(victim), str(stop_at)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
-    try:
-        told = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * count, [errors[-2000:] for _, errors in told]
-    return [out.strip().splitlines()[-1] for out, _ in told]
+    return processes.completed(RUN, (workdir, where, victim, stop_at), count, MFL_HEARTBEAT_SECONDS="60")
 
 
 @pytest.mark.parametrize("count", [1, 2])

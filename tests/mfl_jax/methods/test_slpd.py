@@ -3,12 +3,7 @@
 import functools
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +14,9 @@ from mfl_jax import config as configs
 from mfl_jax import losses, metrics, sharding, train
 from mfl_jax.config import Reading
 from mfl_jax.methods import dino, slpd
-from tests.mfl_jax import synthetic
+from tests.mfl_jax import processes, synthetic
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
-ROOT = Path(__file__).parents[3]
 K, NEIGHBOURS, REGIONS = 2, 2, 64
 INTRA, INTER = 0.7, 0.3
 
@@ -285,7 +279,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 from mfl_jax import preempt, train
-from tests.mfl_jax import synthetic
+from tests.mfl_jax import processes, synthetic
 preempt.initialize()
 import jax, numpy as np
 config = synthetic.tiny("slpd", total__steps=4, slpd__every="2 steps", optim__name="sgd", log_every=1)
@@ -297,33 +291,10 @@ print(json.dumps({n: t.astype(int).tolist() for n, t in tables.items()}), flush=
 """
 
 
-def completed(workdir: Path, count: int) -> list[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = []
-    for index in range(count):
-        many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        environment = os.environ | {"JAX_PLATFORMS": "cpu"} | (many if count > 1 else {})
-        command, pipes = (
-            [sys.executable, "-c", RUN, str(workdir)],
-            {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
-        )
-        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
-    try:
-        told = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * count, [errors[-2000:] for _, errors in told]
-    return [out.strip().splitlines()[-1] for out, _ in told]
-
-
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path):
-    (one,) = completed(tmp_path / "one", 1)
-    assert set(completed(tmp_path / "two", 2)) == {one}
+    (one,) = processes.completed(RUN, (tmp_path / "one",), 1)
+    assert set(processes.completed(RUN, (tmp_path / "two",), 2)) == {one}
     assert -1 not in json.loads(one)["assignment"]
     curves = [
         [row["loss"] for row in metrics.read(tmp_path / name / "metrics.jsonl") if "loss" in row]
