@@ -12,7 +12,7 @@ from typing import Any
 import imagecodecs
 import numpy as np
 
-from input_pipeline.tileset import tfrecord
+from input_pipeline.tileset import png, tfrecord
 
 MAX_CHANNELS = 256
 MAX_FEATURES = 16384
@@ -278,7 +278,7 @@ def _encode_image(array: np.ndarray, shape: tuple, dtype: str, encoding: str, qu
     array = np.ascontiguousarray(array)
     if encoding == "jpeg":  # the three channels of a partner may be three markers: their detail is not colour detail
         return bytes(imagecodecs.jpeg8_encode(array, level=quality, subsampling="420" if name == "he" else "444"))
-    return bytes(imagecodecs.png_encode(array, level=1, strategy=3, filter=16))
+    return png.encode(array)
 
 
 def decode_image(
@@ -299,7 +299,7 @@ def decode_image(
                 raise ValueError("the JPEG has no end")
             imagecodecs.jpeg8_decode(data, out=out)
         else:
-            imagecodecs.png_decode(data, out=out)
+            png.decode(data, out)
     except (ValueError, RuntimeError) as error:
         raise TileSetError(f"not a {encoding} image of {dtype} {shape}: {error}") from error
     image = out if channels == 3 else np.moveaxis(out.reshape(channels, height, width), 0, -1)
