@@ -22,7 +22,7 @@ def _add_demo(commands) -> None:
     command.add_argument("--seeds", type=int, default=1, help="runs of every arm (default 1)")
     command.add_argument("--seed", type=int, default=0, help="of the slides that are drawn")
     command.add_argument("--cases", type=int, help="patients (default 20)")
-    command.add_argument("--size", type=int, help="side of a slide in px (default 1024, or 3072 with --gpu-size)")
+    command.add_argument("--size", type=int, help="side of a slide in px (default 1024, or 2560 with --gpu-size)")
     command.add_argument("--gpu-size", action="store_true", help="224 px and ResNet-50, for an accelerator")
     command.add_argument("--more", default="", help="overrides for every config, such as total.steps=50")
     command.add_argument("--side-by-side", type=int, help="runs at a time (default: a core each; 1 on an accelerator)")

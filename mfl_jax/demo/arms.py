@@ -58,7 +58,7 @@ class Size:
 
 SMALL = Size("phantom", tile=64, slide=1024, cases=20)
 # Sized for minutes on one accelerator; for more: --size 8192 --cases 24 --more total.steps=3000.
-GPU = Size("gpu", tile=256, slide=3072, cases=20, more="total.steps=600")
+GPU = Size("gpu", tile=256, slide=2560, cases=20, more="total.steps=600,data.batch=64")
 
 
 def spec(arm: Arm, size: Size, tileset: Path, seed: int, more: str = "") -> str:

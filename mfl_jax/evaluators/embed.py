@@ -1,7 +1,7 @@
 """The one pass over a set that all evaluators share: every example through `Method.embed` exactly once."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +69,23 @@ def embed_pass(
 
 def colour_statistics(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """In place of Method.embed, the least that any encoder should beat: mean, spread and percentiles of the colours."""
-    he = batch["he"].astype(jnp.float32).reshape(len(batch["he"]), -1, 3) / 255
-    parts = [he.mean(1), he.std(1), *jnp.percentile(he, jnp.array([10.0, 50.0, 90.0]), 1)]
-    return {"he": jnp.concatenate(parts, 1)}
+    pixels = batch["he"].reshape(len(batch["he"]), -1, batch["he"].shape[-1])
+    scaled = pixels.astype(jnp.float32) / 255
+    percentiles = _percentiles(pixels, (10.0, 50.0, 90.0)) / 255
+    return {"he": jnp.concatenate([scaled.mean(1), scaled.std(1), *percentiles], 1)}
+
+
+def _percentiles(values: jax.Array, asked: Sequence[float]) -> jax.Array:
+    """jnp.percentile of uint8 [B, N, C] along N: counting takes a tenth of the time of sorting. -> [asked, B, C]"""
+    place = np.asarray(asked) / 100 * (values.shape[1] - 1)
+    below = np.floor(place).astype(np.int32)
+    count = jax.vmap(jax.vmap(lambda row: jnp.zeros(256, jnp.int32).at[row].add(1)))(values.swapaxes(1, 2))
+    until = count.cumsum(-1)
+    low, high = (
+        jnp.stack([(until <= rank).sum(-1) for rank in ranks.tolist()]).astype(jnp.float32)
+        for ranks in (below, np.ceil(place).astype(np.int32))
+    )
+    return low + (high - low) * jnp.asarray(place - below, jnp.float32)[:, None, None]
 
 
 def mean_of_tiles(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
