@@ -57,7 +57,7 @@ ARMS = (
         "siamese", "Siamese", "ours", "near tiles alike, far ones not", f"siamese:data.near_um={NEAR},data.far_um={FAR}"
     ),
 )
-runs = evidence.train(work, ARMS)
+runs = evidence.train(work, tileset, ARMS)
 
 # %% [markdown]
 # ## Features of the other cases
@@ -97,5 +97,5 @@ words = {
     "question": "Does learning from place alone find tiles of a kind in other patients?",
     "answer": " ".join(lines),
 }
-path = evidence.save(work, tileset, [results], ARMS, found, words)
+path = evidence.save(work, tileset, [results], runs, found, words)
 evidence.tell(f"Open {path}; all figures are in {work.out / 'results.json'}.")

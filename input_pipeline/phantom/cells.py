@@ -12,7 +12,7 @@ from .layout import Layout
 TYPES = ("fibroblast", "tumour", "lymphocyte", "epithelial", "adipocyte", "necrotic", "lesion")
 FIBROBLAST, TUMOUR, LYMPHOCYTE, EPITHELIAL, ADIPOCYTE, NECROTIC, LESION = range(len(TYPES))
 #                    fibro tumour lymph epith  fat necrotic lesion
-AXIS = np.array([5.6, 4.7, 3.1, 4.4, 4.0, 2.4, 5.6])  # um, geometric mean of the half axes is near 4
+AXIS = np.array([5.6, 4.7, 3.1, 4.4, 4.0, 2.4, 7.2])  # um, geometric mean of the half axes is near 4
 RATIO = np.array([2.5, 1.28, 1.10, 1.45, 2.2, 1.3, 1.25])
 SPREAD = np.array([0.10, 0.12, 0.07, 0.08, 0.10, 0.30, 0.16])
 IRREGULAR = np.array([0.05, 0.05, 0.03, 0.04, 0.05, 0.18, 0.09])
@@ -25,7 +25,7 @@ CROWD = {
     lay.GLAND: (11.0, {}),  # cells stand in a row instead, see _lining
     lay.FAT: (13.0, {ADIPOCYTE: 1.0}),
     lay.NECROSIS: (11.0, {NECROTIC: 1.0}),
-    lay.LESION: (12.2, {LESION: 0.95, LYMPHOCYTE: 0.05}),
+    lay.LESION: (15.6, {LESION: 0.95, LYMPHOCYTE: 0.05}),
 }
 
 

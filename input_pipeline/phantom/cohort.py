@@ -21,7 +21,7 @@ from .layout import GRID, REGIONS, SUBTYPES, TISSUES
 from .render import IF_CHANNELS
 from .slide import Slide, draw_partner, draw_slide, look_of, paint, paint_nuclei
 
-VERSION = 2  # of what is drawn: raise it whenever the same seed gives other pixels
+VERSION = 3  # of what is drawn: raise it whenever the same seed gives other pixels
 PARTNERS = {"if": "image", "ihc": "image", "nuclei": "map", "counts": "vector"}
 MOVED = ("if", "ihc")  # partners with a frame of their own
 FORMATS = {"svs": ".svs", "ome": ".ome.tif"}

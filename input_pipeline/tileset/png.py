@@ -1,5 +1,5 @@
-"""16-bit PNG in half the time: what this package writes (rows of differences to the pixel before) is undone without
-libpng, whose inflating would take a tenth of a training step. Every other PNG is libpng's."""
+"""16-bit PNG in a third to a half of libpng's time: what this package writes (rows of differences to the pixel before)
+is inflated by libdeflate and summed up. Every other PNG is libpng's."""
 
 import struct
 import sys
@@ -7,7 +7,7 @@ import sys
 import imagecodecs
 import numpy as np
 
-SUB = 0x10  # libpng's flag: every row has filter 1, the one that `_undone` knows
+SUB = 0x10  # libpng's flag for filter 1, the one that `_undone` knows; one pixel wide, libpng takes another
 _HEAD = struct.Struct(">8sI4sIIBBBBB")  # signature; length, name, width, height, depth, colour, and three of zero
 _COLOURS = {1: 0, 3: 2}  # channels -> colour type: grey or RGB, without palette or alpha
 
@@ -26,13 +26,13 @@ def decode(data: bytes, out: np.ndarray) -> None:
 def _undone(data: bytes, out: np.ndarray) -> bool:
     """False where it is damaged (libpng says how), of another shape, or of rows with another filter."""
     height, width, channels = *out.shape[:2], out.shape[2] if out.ndim == 3 else 1
-    head = (b"\x89PNG\r\n\x1a\n", 13, b"IHDR", width, height, 16, _COLOURS[channels], 0, 0, 0)
+    head = (b"\x89PNG\r\n\x1a\n", 13, b"IHDR", width, height, 16, _COLOURS.get(channels), 0, 0, 0)
     if len(data) < _HEAD.size or _HEAD.unpack_from(data) != head:
         return False
     packed = _packed(data)
     rows = np.empty((height, 1 + 2 * width * channels), np.uint8)
     try:
-        whole = packed and len(imagecodecs.deflate_decode(packed, out=rows.reshape(-1).data)) == rows.size
+        whole = len(imagecodecs.deflate_decode(packed, out=rows.reshape(-1).data)) == rows.size
     except (ValueError, RuntimeError):
         return False
     if not whole or (rows[:, 0] != 1).any():

@@ -57,7 +57,8 @@ class Size:
 
 
 SMALL = Size("phantom", tile=64, slide=1024, cases=20)
-# Sized for minutes on one accelerator; for more: --size 8192 --cases 24 --more total.steps=3000.
+# Minutes of training on one accelerator. 5 % of the labels are some 90 tiles, and a batch is to be no more. For more:
+# --size 8192 --cases 24 --more total.steps=3000,data.batch=128.
 GPU = Size("gpu", tile=256, slide=2560, cases=20, more="total.steps=600,data.batch=64")
 
 

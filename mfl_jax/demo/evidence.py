@@ -25,11 +25,11 @@ from input_pipeline.files import whole
 from input_pipeline.pool import available_cores
 from input_pipeline.tileset import TileSet
 from mfl_jax import arms as runs_on_disk
-from mfl_jax import compare, evaluation, report, sharding
+from mfl_jax import compare, evaluation, report, sharding, trained
 from mfl_jax import config as configs
 from mfl_jax.bags import Bags, Table, from_embedded, of_cases, read_table, with_cases
 from mfl_jax.demo import keep_programs
-from mfl_jax.demo.arms import Arm, Size, spec, train_all
+from mfl_jax.demo.arms import Arm, Size, train_all
 from mfl_jax.evaluators import Embedded, Task, mil
 from mfl_jax.findings import ArmRuns, Seed
 from mfl_jax.sweep import TRAIN
@@ -43,6 +43,8 @@ class Scale:
 
     size: Size
     paired: int  # cases that encoders are trained on
+    annotated: int  # further cases, H&E alone, for a classifier that is told where lesions lie
+    annotated_steps: int
     seeds: int
     folds: int  # outer folds of slide-level heads
     inner: int
@@ -53,15 +55,18 @@ class Scale:
 SCALES = {
     "tiny": Scale(
         Size("tiny", 64, 640, 12),
-        paired=3, seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
+        paired=3, annotated=6, annotated_steps=3,
+        seeds=1, folds=2, inner=2, settings=mil.Settings(epochs=2, batch=8), resamples=100,
     ),
     "small": Scale(
         Size("phantom", 64, 1024, 40, "total.steps=200"),
-        paired=16, seeds=3, folds=4, inner=2, settings=mil.Settings(epochs=30, patience=6),
+        paired=16, annotated=128, annotated_steps=900,
+        seeds=3, folds=4, inner=2, settings=mil.Settings(epochs=30, patience=6),
     ),
     "full": Scale(
         Size("phantom", 64, 2048, 80, "total.steps=600,data.batch=128"),
-        paired=32, seeds=3, folds=5, inner=3, settings=mil.Settings(),
+        paired=32, annotated=160, annotated_steps=2000,
+        seeds=3, folds=5, inner=3, settings=mil.Settings(),
     ),
 }  # fmt: skip
 
@@ -117,14 +122,25 @@ def cohort(work: Work) -> TileSet:
     return TileSet.open(at / "set")
 
 
-def train(work: Work, arms: Sequence[Arm]) -> dict[str, list[Path]]:
-    """Every arm with every seed, side by side: on an accelerator as many as there are cores, for each is small."""
+def annotated(work: Work) -> TileSet:
+    """Further cases, H&E alone, for the ceiling: a slide has few tiles in a lesion, and the paired cases few slides."""
+    at, size = work.shared / "annotated", work.scale.size
+    drawn = ("--cases", work.scale.annotated, "--size", size.slide, "--seed", work.seed + 1, "--partners", "")
+    command("phantom", "--out", at / "slides", *drawn, "--prefix", "annotated", "--quiet")
+    command("tile", at / "slides" / "slides.csv", "--out", at / "tiled", "--size", size.tile, "--quiet")
+    command("pack", at / "tiled", "--out", at / "set", "--splits", "train=1", "--quiet")
+    return TileSet.open(at / "set")
+
+
+def train(work: Work, tileset: TileSet, arms: Sequence[Arm], more: str = "") -> dict[str, list[Path]]:
+    """Every arm with every seed, in `runs` beside the set, side by side: on an accelerator as many as there are cores,
+    for each is small."""
     tell(f"Training {len(arms)} arms, {work.scale.seeds} seeds each, side by side; what is trained already is kept:")
     for arm in arms:
         tell(f"  {arm.title} learns from {arm.what}.")
-    chosen: dict[str, Any] = {"seeds": work.scale.seeds, "more": "", "side_by_side": available_cores()}
+    chosen: dict[str, Any] = {"seeds": work.scale.seeds, "more": more, "side_by_side": available_cores()}
     chosen["environment"] = keep_programs(work.shared / "programs")  # seeds differ in no program
-    return train_all(work.shared, work.scale.size, work.shared / "set", arms=arms, tell=tell, **chosen)
+    return train_all(tileset.root.parent, work.scale.size, tileset.root, arms=arms, tell=tell, **chosen)
 
 
 @dataclass(frozen=True)
@@ -303,12 +319,14 @@ def save(
     work: Work,
     tileset: TileSet,
     results: Sequence[Mapping[str, Any]],
-    arms: Sequence[Arm],
+    runs: Mapping[str, Sequence[Path]],
     found: Found,
     words: Mapping[str, str],
+    others: Mapping[str, TileSet] = {},
     pictures: Mapping[str, Any] | None = None,
 ) -> Path:
-    """results.json and report.html; `words` are title, question and answer. Arms of several results are one list."""
+    """results.json and report.html; `words` are title, question and answer, `others` are further sets that were used.
+    Arms of several results are one list."""
     merged: dict[str, Any] = {"arms": {}, "tasks": [], "differences": [], "reliability": {}, "curves": []}
     for part in results:
         for arm in part["arms"]:
@@ -321,22 +339,20 @@ def save(
         merged["differences"] += part["differences"]
         merged["reliability"] |= dict.fromkeys(part["reliability"])
         merged["curves"] = merged["curves"] or part["curves"]
+    counts = {name: f"{len(t):,} tiles, {len(t.slides)} slides, {len(t.cases)} cases" for name, t in others.items()}
+    hashes = {f"tile set, {name}": other.hash for name, other in others.items()}
     document = {
         **words,
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": mfl_jax.__version__,
         "intervals": results[0]["intervals"],
-        "cohort": compare.cohort(tileset) | {"Size": work.name, "Device": jax.devices()[0].device_kind},
+        "cohort": compare.cohort(tileset) | counts | {"Size": work.name, "Device": jax.devices()[0].device_kind},
         "arms": list(merged["arms"].values()),
         "tasks": merged["tasks"],
         "differences": merged["differences"],
         "curves": merged["curves"],
         "reliability": [*found.notes, *merged["reliability"]],
-        "config": {a.name: json.loads(configs.to_json(configs.load(_spec(work, a)))) for a in arms},
-        "hashes": {"tile set": tileset.hash} | {f"checkpoint of {p}": d for p, d in found.digests.items()},
+        "config": {name: json.loads(configs.to_json(trained.read_run(paths[0])[0])) for name, paths in runs.items()},
+        "hashes": {"tile set": tileset.hash} | hashes | {f"checkpoint of {p}": d for p, d in found.digests.items()},
     }
     return report.save(work.out, document, pictures or {})
-
-
-def _spec(work: Work, arm: Arm) -> str:
-    return spec(arm, work.scale.size, work.shared / "set", 0)

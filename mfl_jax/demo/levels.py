@@ -57,9 +57,9 @@ LEVELS = {
         seeds=1, folds=3, epochs=1, resamples=50,
     ),
     "small": Levels(
-        Size("phantom", 64, 1536, 36, "total.steps=200,data.batch=32"),
+        Size("phantom", 64, 1536, 36, "total.steps=400,data.batch=32"),
         Size("phantom", 64, 1536, 36, f"total.steps=150,data.batch=32,{NARROW}"),
-        side=8, step=4, seeds=1, folds=6, epochs=10,
+        side=8, step=4, seeds=3, folds=6, epochs=10,
     ),
     "full": Levels(
         Size("phantom", 64, 2048, 96, "total.steps=500,data.batch=128"),

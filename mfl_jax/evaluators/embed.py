@@ -76,16 +76,13 @@ def colour_statistics(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -
 
 
 def _percentiles(values: jax.Array, asked: Sequence[float]) -> jax.Array:
-    """jnp.percentile of uint8 [B, N, C] along N: counting takes a tenth of the time of sorting. -> [asked, B, C]"""
+    """jnp.percentile of uint8 [B, N, C] along N, by counting, as XLA sorts slowly on a CPU. -> [asked, B, C]"""
+    assert values.dtype == jnp.uint8
     place = np.asarray(asked) / 100 * (values.shape[1] - 1)
-    below = np.floor(place).astype(np.int32)
+    ranks = np.stack([np.floor(place), np.ceil(place)]).astype(np.int32)
     count = jax.vmap(jax.vmap(lambda row: jnp.zeros(256, jnp.int32).at[row].add(1)))(values.swapaxes(1, 2))
-    until = count.cumsum(-1)
-    low, high = (
-        jnp.stack([(until <= rank).sum(-1) for rank in ranks.tolist()]).astype(jnp.float32)
-        for ranks in (below, np.ceil(place).astype(np.int32))
-    )
-    return low + (high - low) * jnp.asarray(place - below, jnp.float32)[:, None, None]
+    low, high = (count.cumsum(-1) <= ranks[..., None, None, None]).sum(-1).astype(jnp.float32)
+    return low + (high - low) * jnp.asarray(place % 1, jnp.float32)[:, None, None]
 
 
 def mean_of_tiles(params: Any, extra: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

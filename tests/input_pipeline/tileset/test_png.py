@@ -65,6 +65,35 @@ def test_another_shape_is_an_error(wrong):
         png.decode(png.encode(pixels(30, 20)), np.zeros(wrong, np.uint16))
 
 
+@pytest.mark.parametrize("shape", [(5, 7, 2), (5, 7, 4), (3, 1, 3)])
+def test_what_has_alpha_or_one_column_is_libpngs(shape):
+    array, out = pixels(*shape), np.zeros(shape, np.uint16)
+    png.decode(png.encode(array), out)
+    np.testing.assert_array_equal(out, array)
+
+
+def test_fewer_rows_than_the_head_says():
+    """All checksums are right."""
+    array = pixels(6, 9)
+    stored = zlib.decompress(png._packed(png.encode(array)))
+    with pytest.raises((ValueError, RuntimeError)):
+        png.decode(rebuilt(array, zlib.compress(stored[: len(stored) * 5 // 6])), array.copy())
+
+
+def test_a_wrong_sum_of_the_pixels_alone():
+    """The chunk's own checksum is right, so this one is all that guards the pixels."""
+    array = pixels(6, 9)
+    packed = bytearray(png._packed(png.encode(array)))
+    packed[-1] ^= 1
+    with pytest.raises((ValueError, RuntimeError)):
+        png.decode(rebuilt(array, bytes(packed)), array.copy())
+
+
+def rebuilt(array: np.ndarray, packed: bytes) -> bytes:
+    """The picture with other contents of its IDAT."""
+    return png.encode(array)[:33] + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
 def test_no_damage_gives_other_pixels():
     """Cut anywhere, or with a byte changed: an error, or what was stored (a chunk's checksum may be all that broke)."""
     array = pixels(6, 9) // 256

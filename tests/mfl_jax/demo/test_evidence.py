@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from mfl_jax import report
+from mfl_jax import report, trained
 from mfl_jax.bags import Table
 from mfl_jax.demo import claims, evidence
 from mfl_jax.evaluators import LeakError, mil
@@ -139,3 +139,10 @@ def test_a_script_runs_to_its_report_and_goes_on(name, tmp_path_factory):
     keys = {metric["key"] for task in results["tasks"] for metric in task["metrics"]}
     wanted = {"lesion/auc", "subtype/auc"} if name.startswith("mil") else {"tissue/retrieval/map", "addr/local"}
     assert wanted <= keys
+    if name.startswith("mil"):
+        config, facts, *_ = trained.read_run(out.parent / "phantom-tiny" / "annotated" / "runs" / "where-0")
+        assert len(facts.train_cases) == evidence.SCALES["tiny"].annotated
+        assert all(case.startswith("annotated") for case in facts.train_cases)
+        steps = evidence.SCALES["tiny"].annotated_steps
+        assert results["config"]["where"]["total"]["steps"] == config.total.steps == steps
+        assert "tile set, Slides of the ceiling" in results["hashes"]

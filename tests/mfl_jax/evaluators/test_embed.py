@@ -62,8 +62,9 @@ def test_no_batch_is_an_error():
         embed_pass(double, 0, 0, [], make_mesh())
 
 
-def test_colour_statistics_are_numpys():
-    he = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)
+@pytest.mark.parametrize(("least", "side"), [(0, 6), (0, 7), (250, 6), (255, 6), (0, 1)])
+def test_colour_statistics_are_numpys(least, side):
+    he = np.random.default_rng(0).integers(least, 256, (5, side, side, 3), np.uint8)
     x = he.reshape(5, -1, 3) / 255
     expected = np.concatenate([x.mean(1), x.std(1), *np.percentile(x, [10, 50, 90], 1)], 1)
     np.testing.assert_allclose(colour_statistics({}, {}, {"he": jnp.asarray(he)})["he"], expected, atol=1e-5)
