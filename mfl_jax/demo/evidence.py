@@ -107,29 +107,35 @@ def command(*arguments: Any) -> None:
         raise SystemExit(f"mfl {words[0]} ended with status {code}")
 
 
-def cohort(work: Work) -> TileSet:
-    """Slides, tiles, and a tile set with the splits train (paired cases) and test (the others)."""
-    at, size, paired = work.shared, work.scale.size, work.scale.paired
-    drawn = ("--cases", size.cases, "--size", size.slide, "--seed", work.seed, "--partners", "if", "--paired", paired)
+def draw(at: Path, size: Size, seed: int, *options: Any) -> None:
+    """Slides of the phantom, and their tiles."""
+    drawn = ("--cases", size.cases, "--size", size.slide, "--seed", seed, *options)
     command("phantom", "--out", at / "slides", *drawn, "--quiet")
     command("tile", at / "slides" / "slides.csv", "--out", at / "tiled", "--size", size.tile, "--quiet")
+
+
+def packed(at: Path, splits: str | Path) -> TileSet:
+    command("pack", at / "tiled", "--out", at / "set", "--splits", splits, "--quiet")
+    return TileSet.open(at / "set")
+
+
+def cohort(work: Work) -> TileSet:
+    """Slides, tiles, and a tile set with the splits train (paired cases) and test (the others)."""
+    at, paired = work.shared, work.scale.paired
+    draw(at, work.scale.size, work.seed, "--partners", "if", "--paired", paired)
     with open(at / "slides" / "cases.csv", newline="", encoding="utf-8") as file:
         cases = [row["case_id"] for row in csv.DictReader(file)]
     with whole(at / "splits.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerows([("case_id", "split"), *((c, "train" if i < paired else "test") for i, c in enumerate(cases))])
-    command("pack", at / "tiled", "--out", at / "set", "--splits", at / "splits.csv", "--quiet")
-    return TileSet.open(at / "set")
+    return packed(at, at / "splits.csv")
 
 
 def annotated(work: Work) -> TileSet:
     """Further cases, H&E alone, for the ceiling: a slide has few tiles in a lesion, and the paired cases few slides."""
-    at, size = work.shared / "annotated", work.scale.size
-    drawn = ("--cases", work.scale.annotated, "--size", size.slide, "--seed", work.seed + 1, "--partners", "")
-    command("phantom", "--out", at / "slides", *drawn, "--prefix", "annotated", "--quiet")
-    command("tile", at / "slides" / "slides.csv", "--out", at / "tiled", "--size", size.tile, "--quiet")
-    command("pack", at / "tiled", "--out", at / "set", "--splits", "train=1", "--quiet")
-    return TileSet.open(at / "set")
+    at, size = work.shared / "annotated", replace(work.scale.size, cases=work.scale.annotated)
+    draw(at, size, work.seed + 1, "--partners", "", "--prefix", "annotated")
+    return packed(at, "train=1")
 
 
 def train(work: Work, tileset: TileSet, arms: Sequence[Arm], more: str = "") -> dict[str, list[Path]]:
@@ -323,7 +329,6 @@ def save(
     found: Found,
     words: Mapping[str, str],
     others: Mapping[str, TileSet] = {},
-    pictures: Mapping[str, Any] | None = None,
 ) -> Path:
     """results.json and report.html; `words` are title, question and answer, `others` are further sets that were used.
     Arms of several results are one list."""
@@ -355,4 +360,4 @@ def save(
         "config": {name: json.loads(configs.to_json(trained.read_run(paths[0])[0])) for name, paths in runs.items()},
         "hashes": {"tile set": tileset.hash} | hashes | {f"checkpoint of {p}": d for p, d in found.digests.items()},
     }
-    return report.save(work.out, document, pictures or {})
+    return report.save(work.out, document, {})

@@ -5,7 +5,7 @@ Transductive: on the half that is tested, without its labels, as the paper does.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from mfl_jax.arms import read_curve
 from mfl_jax.bags import Table, of_cases, read_folder, read_table
 from mfl_jax.demo import keep_programs
 from mfl_jax.demo.arms import Arm, Size, spec
-from mfl_jax.demo.evidence import Work, command, tell
+from mfl_jax.demo.evidence import Work, command, draw, packed, tell
 from mfl_jax.evaluators import composition
 from mfl_jax.evaluators.slide_study import SlideArm, Study, key
 from mfl_jax.report import tables
@@ -83,12 +83,8 @@ def _train(work: Work, folder: Path, specs: Mapping[str, str]) -> dict[str, Path
 
 def cohort(work: Work, levels: Levels) -> TileSet:
     """H&E alone. Of the splits, train (two fifths of the cases) and test, each serves one setting."""
-    size, out = levels.tiles, work.out
-    drawn = ("--cases", size.cases, "--size", size.slide, "--seed", work.seed, "--partners", "")
-    command("phantom", "--out", out / "slides", *drawn, "--quiet")
-    command("tile", out / "slides" / "slides.csv", "--out", out / "tiled", "--size", size.tile, "--quiet")
-    command("pack", out / "tiled", "--out", out / "set", "--splits", "train=0.4,test=0.6", "--quiet")
-    return TileSet.open(out / "set")
+    draw(work.out, levels.tiles, work.seed, "--partners", "")
+    return packed(work.out, "train=0.4,test=0.6")
 
 
 def slide_table(work: Work, tileset: TileSet) -> Table:
@@ -222,26 +218,30 @@ def _named(name: str, setting: str) -> str:
 def collapsed(runs: Mapping[str, Mapping[str, Sequence[Path]]]) -> list[str]:
     """Runs whose features were all alike at the end: their figures say nothing of their method."""
     found = []
-    for setting, arms in runs.items():
-        for name, paths in arms.items():
-            for path in paths:
-                rows = [row for row in metrics.read(path / "metrics.jsonl") if "collapsed" in row]
-                if rows and rows[-1]["collapsed"]:
-                    found.append(f"Collapsed at step {rows[-1]['step']}: {_named(name, setting)}, {path.name}.")
+    for name, path in _each(runs):
+        rows = [row for row in metrics.read(path / "metrics.jsonl") if "collapsed" in row]
+        if rows and rows[-1]["collapsed"]:
+            found.append(f"Collapsed at step {rows[-1]['step']}: {name}, {path.name}.")
     return found
 
 
 def curves(runs: Mapping[str, Mapping[str, Sequence[Path]]]) -> list[dict[str, Any]]:
     """Training losses, as results.json has them."""
     found = []
+    for name, path in _each(runs):
+        config = trained.read_run(path)[0]
+        steps, losses, _ = read_curve(path, config.data.batch)
+        line = {"arm": name, "seed": int(config.seed), "x": steps, "y": losses}
+        found += [line] if steps else []
+    return found
+
+
+def _each(runs: Mapping[str, Mapping[str, Sequence[Path]]]) -> Iterator[tuple[str, Path]]:
+    """Name of the arm and folder of every run."""
     for setting, arms in runs.items():
         for name, paths in arms.items():
             for path in paths:
-                config = trained.read_run(path)[0]
-                steps, losses, _ = read_curve(path, config.data.batch)
-                line = {"arm": _named(name, setting), "seed": int(config.seed), "x": steps, "y": losses}
-                found += [line] if steps else []
-    return found
+                yield _named(name, setting), path
 
 
 # --- claims, in words

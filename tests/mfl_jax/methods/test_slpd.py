@@ -279,7 +279,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 from mfl_jax import preempt, train
-from tests.mfl_jax import processes, synthetic
+from tests.mfl_jax import synthetic
 preempt.initialize()
 import jax, numpy as np
 config = synthetic.tiny("slpd", total__steps=4, slpd__every="2 steps", optim__name="sgd", log_every=1)
