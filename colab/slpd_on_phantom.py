@@ -15,7 +15,9 @@
 #
 # Every figure is of one half of the cases, by folds of patients. *Inductive* arms were trained on the other half: one
 # split, not one pre-training a fold. *Transductive* ones were trained on the tested half, without its labels, for as
-# many steps, as the paper does.
+# many steps, as the paper does. *Told kinds* asks what the second level can do by itself: it is trained as the
+# inductive arms are, on tiles whose features are their kind, from the phantom's own map; the mean of these is the
+# mixture.
 #
 #     python colab/slpd_on_phantom.py --out evidence/slpd --size small        # two CPU cores
 #     python colab/slpd_on_phantom.py --out evidence/slpd --size full         # an accelerator and 16 cores
@@ -73,8 +75,8 @@ OTHERS = (
     Arm("slpd-n3", "SLPD, 3 neighbours", "ours", "4 prototypes a slide, 3 neighbours", "slpd:slpd.neighbours=3"),
     Arm("slpd-k2-n3", "SLPD, 2 and 3", "ours", "2 prototypes, 3 neighbours", "slpd:slpd.k=2,slpd.neighbours=3"),
 )
-arms = {"inductive": (*ARMS, *OTHERS), "transductive": (ARMS[0], ARMS[3])}
-sets = levels.regions(work, scale, folders)
+arms = {"inductive": (*ARMS, *OTHERS), "transductive": (ARMS[0], ARMS[3]), levels.TOLD: ARMS}
+sets = levels.regions(work, scale, folders | {levels.TOLD: levels.told_features(work)})
 runs = levels.train_regions(work, scale, sets, arms)
 
 # %% [markdown]
@@ -85,7 +87,7 @@ runs = levels.train_regions(work, scale, sets, arms)
 # to be written on the slides, and statistics of colour.
 
 # %%
-brief = [arm.name for arm in OTHERS]
+brief = [*(arm.name for arm in OTHERS), *(f"{arm.name}-told" for arm in ARMS)]
 regions, digests = levels.region_arms(runs, sets, arms, table, brief)
 tiles = levels.tile_arms(scale, folders, tile_runs, table)
 every = [*regions, *tiles, levels.colour_arm(work, table), *levels.truth_arms(work, table)]
@@ -93,6 +95,8 @@ PAIRS = [
     ("slpd", "dino"), ("dino", "mean"), ("slpd", "mean"), ("intra", "dino"), ("inter", "dino"),
     ("slpd", "intra"), ("slpd", "inter"), ("slpd", "abmil"), ("slpd", "clam"), ("dino", "abmil"), ("mean", "colour"),
     ("slpd-k2", "slpd"), ("slpd-n3", "slpd"), ("slpd-k2-n3", "slpd"),
+    ("slpd-told", "dino-told"), ("dino-told", "mixture"), ("slpd-told", "mixture"),
+    ("intra-told", "dino-told"), ("inter-told", "dino-told"),
     ("slpd-seen", "dino-seen"), ("dino-seen", "dino"), ("slpd-seen", "slpd"), ("mean-seen", "mean"),
     ("arrangement", "mixture"), ("purity", "mixture"),
 ]  # fmt: skip
@@ -106,7 +110,7 @@ study = slide_study.study(every, table, transductive=True, **options, say=eviden
 lines, fallen = [levels.written(study)], levels.collapsed(runs)
 for way, title in (("knn", "Nearest neighbours"), ("linear", "Linear"), ("hipt", "Aggregator")):
     for share in study.draws:
-        asked = (("slpd", "dino"), ("dino", "mean") if way != "hipt" else ("dino", "abmil"))
+        asked = levels.CLAIM if way != "hipt" else (("slpd", "dino"), ("dino", "abmil"))
         told = "; ".join(levels.compared(study, way, share, *pair) for pair in asked)
         lines.append(f"{title}, {share:.0%} of the labels: {told}.")
 for line in (*lines, *fallen):

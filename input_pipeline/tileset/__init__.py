@@ -11,8 +11,8 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,7 @@ __all__ += ["choose_splits", "write_slide", "written_slides"]
 MAX_OPEN_FILES = 64
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """The stored bytes of one tile, their checksum checked."""
 
     id: int

@@ -5,7 +5,7 @@ Bytes from outside are data: whatever is malformed raises RecordError, and no le
 """
 
 import struct
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import BinaryIO
 
 import google_crc32c
@@ -125,9 +125,8 @@ def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     raise RecordError("a varint is longer than ten bytes")
 
 
-def _fields(data: bytes, at: int, end: int) -> list[tuple[int, int, int, int]]:
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """(field number, wire type, start, stop) of each field; a varint field spans its own bytes."""
-    found = []
     while at < end:
         tag = data[at]
         at += 1
@@ -150,9 +149,8 @@ def _fields(data: bytes, at: int, end: int) -> list[tuple[int, int, int, int]]:
             raise RecordError(f"a field of {stop - at} bytes does not fit in the {end - at} left")
         if tag < 8:
             raise RecordError("field number 0 is not allowed")
-        found.append((tag >> 3, wire, at, stop))
+        yield tag >> 3, wire, at, stop
         at = stop
-    return found
 
 
 def _decode_ints(data: bytes, parts: list[tuple[int, int]]) -> np.ndarray:
@@ -192,10 +190,11 @@ def _decode_value(data: bytes, at: int, end: int) -> Decoded | None:
     return np.frombuffer(floats, "<f4")
 
 
-def decode_example(data: bytes, only: Container[str] | None = None) -> dict[str, Decoded]:
+def decode_example(data: bytes, only: Set[str] | None = None) -> dict[str, Decoded]:
     """Feature name -> list of bytes, float32 array or int64 array; a feature with no list set is left out.
 
-    With `only`, values of other names are stepped over: reading what a stream does not use would slow it down.
+    With `only`, values of other names are stepped over, and what follows the last of these names is not looked at:
+    reading what a stream does not use would slow it down. `verify` looks at all.
     """
     features: dict[str, Decoded] = {}
     for field, wire, start, stop in _fields(data, 0, len(data)):
@@ -204,10 +203,12 @@ def decode_example(data: bytes, only: Container[str] | None = None) -> dict[str,
         for inner, inner_wire, a, b in _fields(data, start, stop):
             if inner == 1 and inner_wire == 2:
                 _decode_entry(data, a, b, features, only)
+                if only is not None and len(features) == len(only):
+                    return features
     return features
 
 
-def _decode_entry(data: bytes, at: int, end: int, features: dict[str, Decoded], only: Container[str] | None) -> None:
+def _decode_entry(data: bytes, at: int, end: int, features: dict[str, Decoded], only: Set[str] | None) -> None:
     name, place = b"", (0, 0)
     for field, wire, start, stop in _fields(data, at, end):
         if wire == 2 and field == 1:

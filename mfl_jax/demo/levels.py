@@ -1,10 +1,12 @@
 """What colab/slpd_on_phantom.py is made of: an encoder of tiles, grids of its features, encoders of regions, slides.
 
 Cases are of two halves, and everything is tested on one of them. Inductive: both levels are trained on the other half.
-Transductive: on the half that is tested, without its labels, as the paper does. Both for as many steps.
+Transductive: on the half that is tested, without its labels, as the paper does. Both for as many steps. Told: the
+second level is trained on the other half, as if the first were perfect: the features of a tile are its kind, no more.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +19,7 @@ import numpy as np
 from input_pipeline.pool import available_cores
 from input_pipeline.regions import Params, assemble
 from input_pipeline.tileset import TileSet
-from mfl_jax import compare, data, metrics, slide_arms, sweep, trained
+from mfl_jax import compare, data, metrics, slide_arms, slides, store, sweep, trained
 from mfl_jax import config as loader
 from mfl_jax.arms import read_curve
 from mfl_jax.bags import Table, of_cases, read_folder, read_table
@@ -30,8 +32,12 @@ from mfl_jax.report import tables
 from mfl_jax.statistics import Difference
 from mfl_jax.watch import TrainingFailed
 
+TOLD = "told"
 SETTINGS = {"inductive": "train", "transductive": "test"}  # the split that both levels are trained on
+SPLIT = SETTINGS | {TOLD: "train"}
+SUFFIX = {"inductive": "", "transductive": "-seen", TOLD: "-told"}  # of the names of arms
 BASE = Arm("tiles", "DINO on tiles", "baseline", "two large and four small crops of every tile", "dino_tiles:")
+CLAIM = (("slpd", "dino"), ("dino", "mean"), ("slpd-told", "dino-told"), ("dino-told", "mixture"))
 KIND = "dominant kind of each tile, by the phantom's own map"
 TRUTH = {"mixture": "", "purity": ", and whether it holds another", "arrangement": ", by that of its neighbours"}
 
@@ -47,7 +53,7 @@ class Levels:
     seeds: int  # of the encoders of regions
     folds: int
     epochs: int | None = None  # of slide-level heads
-    resamples: int = 10_000  # p values of a hundred differences are to have room below 0.05
+    resamples: int = 40_000  # p values of hundreds of differences are to have room below 0.05
 
 
 NARROW = "encoder='grid_vit,features=96,blocks=2,heads=3,drop_path=0.1',views.local='4*window|flip'"
@@ -57,8 +63,8 @@ LEVELS = {
         seeds=1, folds=3, epochs=1, resamples=50,
     ),
     "small": Levels(
-        Size("phantom", 64, 1536, 36, "total.steps=400,data.batch=32"),
-        Size("phantom", 64, 1536, 36, f"total.steps=150,data.batch=32,{NARROW}"),
+        Size("phantom", 64, 1536, 48, "total.steps=400,data.batch=32"),
+        Size("phantom", 64, 1536, 48, f"total.steps=150,data.batch=32,{NARROW}"),
         side=8, step=4, seeds=3, folds=6, epochs=10,
     ),
     "full": Levels(
@@ -113,6 +119,19 @@ def features(work: Work, runs: Mapping[str, Path]) -> dict[str, Path]:
     return found
 
 
+def told_features(work: Work) -> Path:
+    """As `features`, of no encoder: the kind of every tile by the phantom's own map, one of K."""
+    tileset, folder = TileSet.open(work.out / "set"), work.out / "features" / TOLD
+    kinds = composition.embedded(_columns(tileset), np.arange(len(tileset)), "mixture").features["he"]
+    place = store.Layout("ours", folder, "float16", "kinds", hashlib.sha256(KIND.encode()).hexdigest())
+    for i, entry in enumerate(slides.of_tile_set(tileset.root).entries):
+        rows = kinds[tileset.first_row[i] : tileset.first_row[i + 1]]
+        with store.writer(place, entry.open().sheet, kinds.shape[1], entry.signature) as written:
+            written[:] = rows
+    store.write_encoder(place, ())
+    return folder
+
+
 def regions(work: Work, levels: Levels, folders: Mapping[str, Path]) -> dict[str, Path]:
     """A tile set of regions a setting: grids of tile features, with the splits of the cohort."""
     found, splits = {}, TileSet.open(work.out / "set").splits
@@ -137,9 +156,7 @@ def train_regions(
 ) -> dict[str, dict[str, list[Path]]]:
     """Setting -> arm -> runs, one a seed; all of them side by side."""
     specs = {
-        f"{setting}/{arm.name}-{seed}": spec(
-            arm, levels.regions, sets[setting], seed, f"data.split={SETTINGS[setting]}"
-        )
+        f"{setting}/{arm.name}-{seed}": spec(arm, levels.regions, sets[setting], seed, f"data.split={SPLIT[setting]}")
         for setting, members in arms.items()
         for seed in range(levels.seeds)
         for arm in members
@@ -159,14 +176,19 @@ def truth_arms(work: Work, table: Table) -> list[SlideArm]:
     """What is written on the slides: the mixture of kinds of tile, how many tiles hold several, and which kinds lie
     beside which."""
     tileset = TileSet.open(work.out / "set")
-    columns: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in tileset.tiles.items()}
-    columns |= {"slide": np.array(tileset.slides)[columns["slide"]], "case": np.array(tileset.cases)[columns["case"]]}
+    columns = _columns(tileset)
     ids, found = np.arange(len(tileset)), []
     for way, beside in TRUTH.items():
         bags = slide_arms.bags_of(composition.embedded(columns, ids, way), "he", table, tileset.root)
         told: dict[str, Any] = {"kind": "ceiling", "what": f"{KIND}{beside}", "skip": ("hipt",)}
         found.append(SlideArm(way, (bags,), (), f"Truth: {way}", **told))
     return found
+
+
+def _columns(tileset: TileSet) -> dict[str, np.ndarray]:
+    columns: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in tileset.tiles.items()}
+    names = {"slide": np.array(tileset.slides), "case": np.array(tileset.cases)}
+    return columns | {name: of[columns[name]] for name, of in names.items()}
 
 
 def colour_arm(work: Work, table: Table) -> SlideArm:
@@ -198,21 +220,21 @@ def region_arms(
     brief: Sequence[str] = (),
 ) -> tuple[list[SlideArm], dict[str, str]]:
     """Embeddings of regions by every run, and digests of checkpoints; arms in `brief` are not given to a head."""
-    asked, words = [], {}
+    asked, words, titles = [], {}, {}
     for setting, members in arms.items():
         for arm in members:
             name = _named(arm.name, setting)
             asked += [slide_arms.Asked(name, path, sets[setting]) for path in runs[setting][arm.name]]
-            words[name] = arm
+            words[name], titles[name] = arm, arm.title + (" (told kinds)" if setting == TOLD else "")
     skip = {name: ("hipt",) for name in words if name in brief}
     seen = slide_arms.seen_cases(asked, {})
     made, digests = slide_arms.collect(asked, table, seen, skip=skip, say=tell)
-    told = [replace(a, title=words[a.name].title, kind=words[a.name].kind, what=words[a.name].what) for a in made]
+    told = [replace(a, title=titles[a.name], kind=words[a.name].kind, what=words[a.name].what) for a in made]
     return told, digests
 
 
 def _named(name: str, setting: str) -> str:
-    return name if setting == "inductive" else f"{name}-seen"
+    return name + SUFFIX[setting]
 
 
 def collapsed(runs: Mapping[str, Mapping[str, Sequence[Path]]]) -> list[str]:
@@ -282,7 +304,7 @@ def answer(study: Study, lines: Sequence[str], fallen: Sequence[str] = ()) -> st
     """How many of the steps of the claim are shown, over ways and shares; then the figures of the first way."""
     steps = {(name, d.first, d.second): d for name, d in study.differences}
     told = []
-    for first, second in (("slpd", "dino"), ("dino", "mean")):
+    for first, second in CLAIM:
         found = [d for (name, a, b), d in steps.items() if (a, b) == (first, second) and name.endswith("/auc")]
         up = sum(d.interval.value > 0 and d.p_holm < 0.05 for d in found)
         down = sum(d.interval.value < 0 and d.p_holm < 0.05 for d in found)

@@ -93,6 +93,24 @@ def test_what_was_encoded_comes_back(features):
     assert all(same(decoded[k], as_decoded(v)) for k, v in features.items())
 
 
+@given(st.dictionaries(st.text(max_size=20), VALUES, max_size=6), st.sets(st.text(max_size=20), max_size=3))
+@settings(max_examples=100, deadline=None)
+def test_of_what_was_encoded_those_asked_for_come_back(features, others):
+    asked = {*list(features)[::2], *others}
+    decoded = decode_example(encode_example(features), asked)
+    assert list(decoded) == [name for name in features if name in asked]
+    assert all(same(decoded[k], as_decoded(features[k])) for k in decoded)
+
+
+def test_nothing_is_read_behind_the_last_name_asked_for():
+    whole = encode_example({"he": b"pixels", "x": 1.5})
+    at = whole.rindex(b"\x0a\x01x")
+    broken = whole[:at] + b"\x0b" + whole[at + 1 :]  # a wire type that there is none of
+    assert decode_example(broken, {"he"}) == {"he": [b"pixels"]}
+    with pytest.raises(RecordError):
+        decode_example(broken)
+
+
 def test_fields_unknown_to_us_are_passed_over_and_unpacked_numbers_are_read():
     unknown = b"\x2a\x03xyz" + b"\x30\x05" + b"\x3d\x00\x00\x00\x00" + b"\x41" + bytes(8)
     floats = b"\x12\x0a\x0d\x00\x00\x80\x3f\x0d\x00\x00\x00\x40"  # 1.0, 2.0, each with its own tag

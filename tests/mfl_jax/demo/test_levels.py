@@ -19,16 +19,18 @@ ROOT = Path(__file__).parents[3]
 def test_a_claim_is_shown_by_its_paired_difference_alone():
     bags, table = slides_made.slides(shift=4.0)
     dull = slides_made.slides(shift=0.0)[0]
-    arms = [SlideArm(name, (dull if name in ("mean", "mixture") else bags,), (), title=name.upper()) for name in
-            ("slpd", "dino", "mean", "mixture", "purity", "arrangement")]  # fmt: skip
-    pairs = [("slpd", "dino"), ("dino", "mean")]
-    study = slide_study.study(arms, table, ("knn", "linear"), folds=4, resamples=500, retrieve=False, pairs=pairs)
+    names = ("slpd", "dino", "slpd-told", "dino-told", "mean", "mixture", "purity", "arrangement")
+    arms = [SlideArm(n, (dull if n in ("mean", "mixture") else bags,), (), title=n.upper()) for n in names]
+    study = slide_study.study(
+        arms, table, ("knn", "linear"), folds=4, resamples=4000, retrieve=False, pairs=levels.CLAIM
+    )
     told = levels.compared(study, "knn", 1.0, "slpd", "dino")
     assert told.startswith("SLPD 0.9")
     assert told.endswith("+0.000 [+0.000, +0.000], p 1, not shown")
     assert levels.compared(study, "knn", 1.0, "dino", "mean").endswith("shown")
     answer = levels.answer(study, ["first", "second"])
     assert "SLPD is clearly above DINO in 0 of 4 figures, below in 0; DINO is clearly above MEAN in 4 of 4" in answer
+    assert "DINO-TOLD is clearly above MIXTURE in 4 of 4 figures" in answer
     assert answer.endswith("second")
     assert "2 runs collapsed" in levels.answer(study, ["first", "second"], ["one", "two"])
     assert "from the arrangement" in levels.written(study)
@@ -58,4 +60,4 @@ def test_the_script_runs_at_its_smallest_size_and_goes_on(tmp_path):
     assert (tmp_path / "out" / "report.html").stat().st_size > 20_000
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0
-    assert "0 of 9 runs to train" in again.stdout
+    assert "0 of 13 runs to train" in again.stdout
