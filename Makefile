@@ -30,9 +30,13 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"mfl_jax needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]}. Name a newer one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
+# pip would compile all of tensorflow, which takes longer than to load the rest: what the demo imports is enough.
+IMPORTS := flax.linen, imagecodecs, ml_collections, optax, orbax.checkpoint, scipy.ndimage, scipy.optimize, tifffile, tqdm
+
 # An extra is installed over what is there; a stamp is older than setup.cfg when the requirements have changed.
 $(VENV)/.core: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -e .
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import $(IMPORTS)"
 	touch $@
 
 $(VENV)/.test: setup.cfg pyproject.toml | $(VENV)/bin/python

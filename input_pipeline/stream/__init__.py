@@ -183,7 +183,7 @@ class Stream:
         workers = available_cores() if threads is None else threads
         _check_int("threads", workers, 1, 1024)
         _check_int("prefetch", prefetch, 0, 1024)
-        self.executor = executors.choose(executor)
+        self.executor = executors.choose(executor, workers)
         self._plan, self._identity, self.step = plan, identity, start_step
         self.steps = None if plan.stop is None else -(-plan.stop // plan.batch)
         self.bad: dict[int, str] = {}  # id -> what was wrong, of the tiles replaced or masked so far

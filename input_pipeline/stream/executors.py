@@ -16,15 +16,18 @@ from queue import SimpleQueue
 
 Work = Callable[[int], None]
 Done = Generator[int, None, None]
+FEW = 4
 
 
-def choose(executor: str) -> str:
+def choose(executor: str, workers: int) -> str:
+    """'auto' is tf.data where tensorflow is installed and there are more than FEW workers: fewer are no faster in it, and
+    importing it takes seconds, of every run that a laptop starts."""
     if executor not in ("auto", "tfdata", "threads"):
         raise ValueError(f"executor is 'auto', 'tfdata' or 'threads', not {executor!r}")
     found = util.find_spec("tensorflow") is not None
     if executor == "tfdata" and not found:
         raise ValueError("executor 'tfdata' needs tensorflow: pip install tensorflow-cpu, or use executor='threads'")
-    return ("tfdata" if found else "threads") if executor == "auto" else executor
+    return ("tfdata" if found and workers > FEW else "threads") if executor == "auto" else executor
 
 
 def threads(work: Work, first: int, stop: int, *, workers: int, ahead: int) -> Done:

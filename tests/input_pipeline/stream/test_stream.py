@@ -41,6 +41,15 @@ def assert_true(batch, truth):
         np.testing.assert_array_equal(batch[name], getattr(truth, name)[ids])
 
 
+def test_few_workers_do_not_wait_for_tensorflow(monkeypatch):
+    assert executors.choose("auto", executors.FEW) == "threads"
+    assert executors.choose("auto", executors.FEW + 1) == "tfdata"
+    monkeypatch.setattr(executors.util, "find_spec", lambda name: None)
+    assert executors.choose("auto", 64) == "threads"
+    with pytest.raises(ValueError, match="needs tensorflow"):
+        executors.choose("tfdata", 64)
+
+
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_rows_hold_what_was_written(toy, executor):
     for batch in take(toy.tileset(), 13, executor=executor, columns=("depth", "x"), near_um=12, far_um=25):

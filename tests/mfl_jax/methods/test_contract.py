@@ -106,7 +106,8 @@ def test_the_curve_of_twenty_steps_is_that_of_before(case):
     if os.environ.get("MFL_REFRESH_GOLDEN"):
         path.write_text(json.dumps({"jax": jax.__version__, "losses": [round(x, 6) for x in found]}) + "\n")
     assert path.exists(), "there is no golden curve: look at the losses, then run once with MFL_REFRESH_GOLDEN=1"
-    np.testing.assert_allclose(found, json.loads(path.read_text())["losses"], rtol=2e-3, atol=1e-4)
+    # SimSiam's is a cosine, and near 0: other processors differ by some 5e-4
+    np.testing.assert_allclose(found, json.loads(path.read_text())["losses"], rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
