@@ -20,8 +20,8 @@ FEW = 4
 
 
 def choose(executor: str, workers: int) -> str:
-    """'auto' is tf.data where tensorflow is installed and there are more than FEW workers: fewer are no faster in it, and
-    importing it takes seconds, of every run that a laptop starts."""
+    """'auto' is tf.data where tensorflow is installed and there are more than FEW workers: fewer are no faster in it,
+    and importing it takes seconds of every run."""
     if executor not in ("auto", "tfdata", "threads"):
         raise ValueError(f"executor is 'auto', 'tfdata' or 'threads', not {executor!r}")
     found = util.find_spec("tensorflow") is not None

@@ -42,6 +42,15 @@ def lifted(judged: Mapping[str, Any], task: str, heads: Sequence[str], encoders:
     return f"{task.capitalize()}: {'. '.join(told)}."
 
 
+def reached(judged: Mapping[str, Any], task: str, heads: Sequence[str], arm: str) -> str:
+    """Of each head on one arm, its figure."""
+    of = {one["name"]: one for one in judged["arms"]}
+    metrics = {head: of[f"{arm}/{head}"]["metrics"][f"{task}/auc"] for head in heads}
+    each = (f"{head} {tables.figure(m['mean'])} {tables.interval(m)}".strip() for head, m in metrics.items())
+    title = of[f"{arm}/{heads[0]}"]["title"].split(",")[0]
+    return f"{task.capitalize()}, {title.lower()}: {', '.join(each)}."
+
+
 def near_ceiling(
     judged: Mapping[str, Any], task: str, heads: Sequence[str], encoders: Sequence[str], top: str, within: float
 ) -> str:

@@ -30,7 +30,7 @@ from mfl_jax import config as configs
 from mfl_jax.bags import Bags, Table, from_embedded, of_cases, read_table, with_cases
 from mfl_jax.demo import keep_programs
 from mfl_jax.demo.arms import Arm, Size, train_all
-from mfl_jax.evaluators import Embedded, Task, mil
+from mfl_jax.evaluators import Embedded, Task, composition, mil
 from mfl_jax.findings import ArmRuns, Seed
 from mfl_jax.sweep import TRAIN
 
@@ -194,6 +194,15 @@ def named(arm: ArmRuns, name: str, title: str) -> ArmRuns:
 
 def without(found: Found, *names: str) -> Found:
     return replace(found, arms=tuple(arm for arm in found.arms if arm.name not in names))
+
+
+def told_kinds(found: Found) -> Found:
+    """With one arm more, of no encoder: the kind of every tile, apart for tiles that hold others too, by the phantom's
+    own map. What heads make of it is what so many slides suffice for, whatever the encoder."""
+    ids = np.arange(len(found.columns["region"]))
+    seed = Seed(0, composition.embedded(found.columns, ids, "purity").features["he"])
+    arm = ArmRuns("told", "Told kinds", "ceiling", (seed,), "the kind of every tile, by the phantom's own map")
+    return replace(found, arms=(*found.arms, arm))
 
 
 # --- slides from bags of tiles

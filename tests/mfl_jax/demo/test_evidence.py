@@ -76,6 +76,15 @@ def test_heads_on_encoders_become_arms_and_are_not_trained_twice(tmp_path, compi
     assert evidence._stored(kept, work, replace(found, digests={"run": "another"}), table) is None
 
 
+def test_told_kinds_are_an_arm_that_has_seen_no_case():
+    kinds = np.array([0, 2, 2, 1])
+    columns = {"region": kinds, "region_share": np.array([1.0, 1.0, 0.6, 0.5])}
+    found = evidence.told_kinds(evidence.Found((), columns, {}, ()))
+    (arm,) = found.arms
+    assert (arm.name, arm.kind, arm.seeds[0].pretrained) == ("told", "ceiling", ())
+    assert arm.seeds[0].features.argmax(1).tolist() == [0, 2, 5, 4]
+
+
 def test_the_effective_rank_is_the_number_of_independent_directions():
     x = np.random.default_rng(0).normal(size=(9000, 3))
     assert evidence.effective_rank(x) == pytest.approx(3, abs=0.05)
@@ -97,7 +106,10 @@ def judged(gain: tuple, short: tuple) -> dict:
         return {"a": a, "b": b, "metric": "lesion/auc", "difference": difference, "low": low, "high": high, "p_holm": p}
 
     means = {"ssl/a": 0.9, "ssl/b": 0.95, "random/a": 0.7, "random/b": 0.7, "where": 0.96}
-    arms = [{"name": n, "title": n.upper(), "metrics": {"lesion/auc": {"mean": m}}} for n, m in means.items()]
+    arms = [
+        {"name": n, "title": n.upper(), "metrics": {"lesion/auc": {"mean": m, "low": m - 0.1, "high": 1.0}}}
+        for n, m in means.items()
+    ]
     rows = [row(f"ssl/{h}", f"random/{h}", *gain) for h in "ab"] + [row("ssl/b", "where", *short)]
     return {"arms": arms, "differences": rows}
 
@@ -120,6 +132,8 @@ def judged(gain: tuple, short: tuple) -> dict:
 def test_claims_follow_intervals(gain, short, first, second):
     found = judged(gain, short)
     assert first in claims.lifted(found, "lesion", ("a", "b"), ("ssl",), "random")
+    told = "Lesion, ssl/a: a 0.900 [0.800, 1.000], b 0.950 [0.850, 1.000]."
+    assert claims.reached(found, "lesion", ("a", "b"), "ssl") == told
     said = claims.near_ceiling(found, "lesion", ("a", "b"), ("ssl",), "where", within=0.02)
     assert said.startswith("The best head without such labels, SSL/B, has an AUC of 0.950, the ceiling 0.960")
     assert said.endswith(second)
