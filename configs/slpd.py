@@ -45,6 +45,7 @@ def slpd(given: set[str]) -> ConfigDict:
         "start": "20 epochs",  # done before prototypes are sought
         "every": "1 epochs",
         "neighbours": 1,
+        "apart": "slide",  # what these differ in from the slide; "case": they are of other patients
         "transfer": common.one_of(given, TRANSFER, "transfer"),
         "intra": 1.0,  # weights of the two terms beside DINO's
         "inter": 1.0,
@@ -60,12 +61,13 @@ def slpd(given: set[str]) -> ConfigDict:
 
 
 def sweep() -> Iterator[str]:
-    """What is after the colon, one run each: each term off and on, prototypes, neighbours, transfer."""
+    """What is after the colon, one run each: each term off and on, prototypes, neighbours and whose, transfer."""
     for seed in range(3):
         for intra, inter in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)):
             yield f"slpd.intra={intra},slpd.inter={inter},seed={seed}"
         for k in (2, 8):
             yield f"slpd.k={k},seed={seed}"
         yield f"slpd.neighbours=3,seed={seed}"
+        yield f"slpd.apart=case,seed={seed}"
         yield f"argmax,seed={seed}"
         yield f"slpd.centres=shared,seed={seed}"

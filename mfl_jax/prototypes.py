@@ -5,6 +5,7 @@ matched pairs. Nothing depends on how many devices share the work, nor on which 
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -87,10 +88,17 @@ def cluster(
 
 
 def neighbours(
-    vectors: np.ndarray, eligible: np.ndarray, count: int = 1, *, transfer: str = "matched", mesh: Mesh | None = None
+    vectors: np.ndarray,
+    eligible: np.ndarray,
+    count: int = 1,
+    *,
+    kin: np.ndarray | None = None,
+    transfer: str = "matched",
+    mesh: Mesh | None = None,
 ) -> Neighbours:
-    """The `count` slides most like each eligible one, among the eligible. transfer='argmax' takes for each prototype
-    the neighbour's that is most like it, whether or not another took it too (as released); 'matched' is one to one.
+    """The `count` slides most like each eligible one, among the eligible. Slides of one number in `kin` [S] are not
+    each other's neighbours; by default a slide is kin to itself alone. transfer='argmax' takes for each prototype the
+    neighbour's that is most like it, whether or not another took it too (as released); 'matched' is one to one.
     """
     if transfer not in TRANSFER:
         raise ValueError(f"transfer is {transfer!r}; allowed: {', '.join(TRANSFER)}")
@@ -106,11 +114,13 @@ def neighbours(
     if len(known) < 2:
         return found
     n = min(count, len(known) - 1)
-    own = np.ascontiguousarray(vectors[known], np.float32)
-    score, which = _compared(own, n, mesh or sharding.make_mesh()) if k <= EXACT else _bounded(own, n)
-    found.slide[known, :n], found.score[known, :n] = known[which], score
+    own, kin = np.ascontiguousarray(vectors[known], np.float32), (np.arange(slides) if kin is None else kin)[known]
+    score, which = _compared(own, kin, n, mesh or sharding.make_mesh()) if k <= EXACT else _bounded(own, kin, n)
+    there = score > -np.inf
+    found.slide[known, :n], found.score[known, :n] = np.where(there, known[which], -1), score
     for rank in range(n):
-        found.transfer[known, rank] = _transfers(own, own[which[:, rank]], transfer)
+        one, other = np.flatnonzero(there[:, rank]), which[there[:, rank], rank]
+        found.transfer[known[one], rank] = _transfers(own[one], own[other], transfer)
     return found
 
 
@@ -157,7 +167,7 @@ def kinds(near: Neighbours, slide: np.ndarray, columns: Mapping[str, np.ndarray]
     for name, column in (("purity", "label"), ("same_case", "case")):
         if column not in columns:
             continue
-        of_slide = _one_of(slide, columns[column], len(near.slide))
+        of_slide = one_of(slide, columns[column], len(near.slide))
         kept = one[(of_slide[one] >= 0) & (of_slide[near.slide[one, 0]] >= 0)]
         mine, count = of_slide[kept], np.bincount(of_slide[kept])
         if len(kept) < 2 or (name == "purity" and (count > 0).sum() < 2):
@@ -167,7 +177,7 @@ def kinds(near: Neighbours, slide: np.ndarray, columns: Mapping[str, np.ndarray]
     return told
 
 
-def _one_of(slide: np.ndarray, code: np.ndarray, slides: int) -> np.ndarray:
+def one_of(slide: np.ndarray, code: np.ndarray, slides: int) -> np.ndarray:
     """[S]: the code that all regions of a slide have, as far as they have one; else -1."""
     known = code >= 0
     lowest, highest = np.full(slides, np.iinfo(np.int64).max), np.full(slides, -1)
@@ -232,16 +242,23 @@ def _clustering(mesh: Mesh, k: int, iterations: int, restarts: int) -> Callable:
     return _spread(block, mesh)
 
 
-def _compared(own: np.ndarray, n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """(score, place in own) [E, n] of the most alike: all against all, a tile of the table at a time."""
+def _compared(own: np.ndarray, kin: np.ndarray, n: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """(score, place in own) [E, n] of the most alike that are not kin: all against all, a tile of the table at a time.
+    Where there are fewer, the score is -inf and the place means nothing."""
     slides, across = len(own), mesh.shape[sharding.DATA]
     parts = -(-slides // COLUMNS)
     wide = -(-slides // (parts * 64)) * 64
     blocks = -(-slides // (ROWS * across)) * across
-    numbers = np.arange(blocks * ROWS, dtype=np.int32).reshape(-1, ROWS)
-    whole, along = NamedSharding(mesh, PartitionSpec()), sharding.batch_sharding(mesh)
-    inputs = ((_tiles(own, parts, wide), whole), (numbers, along), (_tiles(own, blocks, ROWS), along))
-    placed = [sharding.put_whole(array, places) for array, places in inputs]
+    code = np.unique(kin, return_inverse=True)[1].astype(np.int32)
+    right, left = (
+        {"vectors": _tiles(own, *shape), "kin": np.pad(code, (0, math.prod(shape) - slides)).reshape(shape)}
+        for shape in ((parts, wide), (blocks, ROWS))
+    )
+    places = (NamedSharding(mesh, PartitionSpec()), sharding.batch_sharding(mesh))
+    placed = [
+        jax.tree.map(lambda array, at=at: sharding.put_whole(array, at), tables)
+        for tables, at in zip((right, left), places, strict=True)
+    ]
     score, which = map(np.asarray, _comparing(mesh, n, slides)(*placed))
     return score.reshape(-1, n)[:slides], which.reshape(-1, n)[:slides]
 
@@ -255,27 +272,30 @@ def _tiles(own: np.ndarray, parts: int, wide: int) -> np.ndarray:
 
 @functools.cache
 def _comparing(mesh: Mesh, n: int, slides: int) -> Callable:
-    """(right [parts, K, wide, D], numbers [b, ROWS], left [b, K, ROWS, D]) -> score and number [b, ROWS, n]."""
+    """(right, left) -> score and number [b, ROWS, n]; of the two, vectors [parts, K, wide, D] and [b, K, ROWS, D], and
+    kin [parts, wide] and [b, ROWS]."""
 
-    def block(right, numbers, left):
-        parts, k, wide, dim = right.shape
+    def block(right, left):
+        parts, k, wide, dim = right["vectors"].shape
 
-        def of_rows(numbers, left):
+        def of_rows(mine):
             def part(best, column):
                 start, theirs = column
-                cosine = jnp.matmul(left.reshape(-1, dim), theirs.reshape(-1, dim).T, precision=lax.Precision.HIGHEST)
+                a, b = (of["vectors"].reshape(-1, dim) for of in (mine, theirs))
+                cosine = jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
                 sums = best_sums(cosine.reshape(k, -1, k, wide))
                 other = start + jnp.arange(wide, dtype=jnp.int32)
-                sums = jnp.where((other == numbers[:, None]) | (other >= slides), -jnp.inf, sums)
+                sums = jnp.where((theirs["kin"] == mine["kin"][:, None]) | (other >= slides), -jnp.inf, sums)
                 score = jnp.concatenate([best[0], sums], 1)  # what was found before stands first, and wins a tie
                 which = jnp.concatenate([best[1], jnp.broadcast_to(other, sums.shape)], 1)
                 return _largest(score, which, n), None
 
-            none = jnp.full((len(numbers), n), -jnp.inf), jnp.full((len(numbers), n), -1, jnp.int32)
+            rows = len(mine["kin"])
+            none = jnp.full((rows, n), -jnp.inf), jnp.full((rows, n), -1, jnp.int32)
             starts = jnp.arange(parts, dtype=jnp.int32) * wide
             return lax.scan(part, none, (starts, right))[0]
 
-        return lax.map(lambda inputs: of_rows(*inputs), (numbers, left))
+        return lax.map(of_rows, left)
 
     return _spread(block, mesh)
 
@@ -291,7 +311,7 @@ def _largest(score: jax.Array, which: jax.Array, n: int) -> tuple[jax.Array, jax
     return jnp.concatenate(scores, 1), jnp.concatenate(places, 1)
 
 
-def _bounded(own: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _bounded(own: np.ndarray, kin: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """As _compared, for many prototypes: the Hungarian method, on the host, for those slides alone that could be among
     the most alike. No matching is better than every row with its best column, nor every column with its best row.
     """
@@ -301,13 +321,14 @@ def _bounded(own: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     for one in range(slides):
         cosine = (own[one] @ columns).reshape(k, slides, k)
         bound = np.minimum(cosine.max(2).sum(0), cosine.max(0).sum(1)) + 1e-5 * k
-        bound[one] = -np.inf
+        bound[kin == kin[one]] = -np.inf
         best: list[tuple[float, int]] = []
-        for other in np.argsort(-bound, kind="stable")[: slides - 1].tolist():
+        for other in np.argsort(-bound, kind="stable")[: np.isfinite(bound).sum()].tolist():
             if len(best) == n and -best[-1][0] > bound[other]:
                 break
             best = sorted([*best, (-best_matching(cosine[:, other])[0], other)])[:n]
-        score[one], which[one] = [-value for value, _ in best], [other for _, other in best]
+        for rank, (value, other) in enumerate(best):
+            score[one, rank], which[one, rank] = -value, other
     return score, which
 
 
@@ -315,7 +336,7 @@ def _transfers(own: np.ndarray, other: np.ndarray, transfer: str) -> np.ndarray:
     cosine = np.einsum("skd,sjd->skj", own, other)
     if transfer == "argmax":
         return cosine.argmax(2)
-    return np.stack([best_matching(one)[1] for one in cosine])
+    return np.array([best_matching(one)[1] for one in cosine], np.int64).reshape(cosine.shape[:2])
 
 
 def _spread(block: Callable, mesh: Mesh) -> Callable:

@@ -11,6 +11,7 @@ k, iterations, restarts    of the clustering
 min_regions  slides with fewer are not clustered: their regions train DINO's loss alone, as all do before `start`
 start, every durations: before which step the teacher looks for the first time, and how often from then on
 neighbours   of each slide; with several, the mean of what they say
+apart        'slide': they are any other slides; 'case': of other patients alone, as the slides of one are alike anyway
 transfer     'matched': prototypes of two slides are matched one to one; 'argmax': each takes the most alike, as
              the released code does
 intra, inter weights of the two terms; 0 leaves one out, and without both it is DINO
@@ -34,6 +35,7 @@ from mfl_jax.methods.base import Batch, Method, Refresh, Survey
 
 TABLES = ("prototypes", "assignment", "eligible", "neighbour", "transfer")
 CENTRES = ("own", "shared")
+APART = ("slide", "case")
 TERMS = ("intra", "inter")
 
 
@@ -138,8 +140,9 @@ def _tables(
     made = prototypes.cluster(
         key, found.features["region"], slide, facts.slides, asked["k"], least=asked["min_regions"], mesh=mesh, **turns
     )
+    kin = _cases(slide, found.columns["case"], made.eligible) if asked["apart"] == "case" else None
     near = prototypes.neighbours(
-        made.vectors, made.eligible, asked["neighbours"], transfer=asked["transfer"], mesh=mesh
+        made.vectors, made.eligible, asked["neighbours"], kin=kin, transfer=asked["transfer"], mesh=mesh
     )
     assignment = np.full(facts.records, -1, np.int32)
     assignment[found.ids] = made.assignment
@@ -149,6 +152,17 @@ def _tables(
     tables = {"prototypes": made.vectors, "assignment": assignment, "eligible": made.eligible}
     tables |= {"neighbour": near.slide, "transfer": near.transfer}
     return tables, {f"refresh/{name}": value for name, value in metrics.items()}
+
+
+def _cases(slide: np.ndarray, case: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+    """[S], of regions [N]."""
+    of_slide = prototypes.one_of(slide, case, len(eligible))
+    if len(unknown := np.flatnonzero(eligible & (of_slide < 0))):
+        raise ValueError(
+            f"the regions of slide {unknown[0]} are not of one case ({len(unknown)} such slides), which slpd.apart = "
+            "'case' must know: mend the tile set, or take slpd.apart = 'slide'"
+        )
+    return of_slide
 
 
 def _checked(options: Any, facts: Facts, weights: Mapping[str, float], reading: Any) -> dict[str, Any]:
@@ -164,8 +178,9 @@ def _checked(options: Any, facts: Facts, weights: Mapping[str, float], reading: 
             f"slpd.min_regions is {asked['min_regions']}, and so many regions make no slpd.k = {asked['k']} clusters: "
             "it is at least k"
         )
-    for name, allowed in (("transfer", prototypes.TRANSFER), ("centres", CENTRES)):
-        asked[name] = getattr(options, name)
+    asked["apart"] = options.apart if "apart" in options else "slide"  # runs of before did not say
+    asked |= {name: getattr(options, name) for name in ("transfer", "centres")}
+    for name, allowed in (("transfer", prototypes.TRANSFER), ("centres", CENTRES), ("apart", APART)):
         if asked[name] not in allowed:
             raise ValueError(f"slpd.{name} is {asked[name]!r}; allowed: {', '.join(allowed)}")
     for name, value in weights.items():

@@ -110,14 +110,12 @@ def compared(slides: int, k: int, dim: int) -> np.ndarray:
     own = np.random.default_rng(0).standard_normal((slides, k, dim), np.float32)
     parts = -(-slides // prototypes.COLUMNS)
     wide = -(-slides // (parts * 64)) * 64
-    numbers = np.arange(SOME, dtype=np.int32).reshape(-1, prototypes.ROWS)
-    inputs = (
-        prototypes._tiles(own, parts, wide),
-        numbers,
-        prototypes._tiles(own[:SOME], len(numbers), prototypes.ROWS),
-    )
+    inputs = []
+    for some, shape in ((slides, (parts, wide)), (SOME, (SOME // prototypes.ROWS, prototypes.ROWS))):
+        kin = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+        inputs.append({"vectors": prototypes._tiles(own[:some], *shape), "kin": kin})
     run = prototypes._comparing(mesh, 1, slides)
-    placed = [jax.device_put(array) for array in inputs]
+    placed = jax.device_put(inputs)
     jax.block_until_ready(run(*placed))
     return timed(lambda: jax.block_until_ready(run(*placed)))[0]
 

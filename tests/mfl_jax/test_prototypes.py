@@ -126,14 +126,74 @@ def test_neighbours_are_those_of_all_permutations(k, n, slides):
     assert not np.isin(found.slide, np.flatnonzero(~eligible)).any()
 
 
+def by_hungarian(vectors):
+    """float64 [S, S] of the best of all matchings."""
+    best = np.zeros((len(vectors), len(vectors)))
+    for i, j in itertools.product(range(len(vectors)), repeat=2):
+        cosine = vectors[i].astype(np.float64) @ vectors[j].T
+        best[i, j] = cosine[linear_sum_assignment(cosine, maximize=True)].sum()
+    return best
+
+
 @pytest.mark.parametrize("k", [prototypes.EXACT + 1, 12])
 def test_of_many_prototypes_they_are_those_of_the_hungarian_method(k):
     vectors, eligible = unit(k, 14, k), np.ones(14, bool)
-    best = np.zeros((14, 14))
-    for i, j in itertools.product(range(14), repeat=2):
-        cosine = vectors[i].astype(np.float64) @ vectors[j].T
-        best[i, j] = cosine[linear_sum_assignment(cosine, maximize=True)].sum()
-    check_neighbours(prototypes.neighbours(vectors, eligible, 2), best, vectors, eligible, 2)
+    check_neighbours(prototypes.neighbours(vectors, eligible, 2), by_hungarian(vectors), vectors, eligible, 2)
+
+
+def kindred(seed, slides, k):
+    """(vectors, eligible, cases): three slides a case, alike but for a little; the numbers of cases are no places."""
+    draw = np.random.default_rng(seed)
+    case = draw.permutation(slides) // 3
+    vectors = unit(seed, slides, k)[case] + 0.05 * draw.normal(size=(slides, k, 6))
+    eligible = draw.random(slides) < 0.8
+    vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+    vectors[~eligible] = 0
+    return vectors, eligible, 7 * case + 3
+
+
+@pytest.mark.parametrize("transfer", prototypes.TRANSFER)
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("k", "slides"), [(1, 12), (3, 70), (prototypes.EXACT, 18), (prototypes.EXACT + 1, 18)])
+def test_neighbours_apart_by_case_are_those_of_other_cases(k, slides, n, transfer):
+    vectors, eligible, case = kindred(k, slides, k)
+    found = prototypes.neighbours(vectors, eligible, n, kin=case, transfer=transfer)
+    score = by_hungarian(vectors)
+    score[case[:, None] == case] = -np.inf
+    score[~eligible], score[:, ~eligible] = -np.inf, -np.inf
+    for one, rank in np.ndindex(slides, n):
+        ranked = np.sort(score[one])[::-1]
+        other, taken = found.slide[one, rank], found.transfer[one, rank]
+        assert (other == -1) == np.isneginf(ranked[rank])
+        if other < 0:
+            assert (taken == -1).all()
+            continue
+        assert case[other] != case[one]
+        assert found.score[one, rank] == pytest.approx(ranked[rank], abs=1e-5)
+        assert score[one, other] == pytest.approx(ranked[rank], abs=1e-5)
+        cosine = vectors[one].astype(np.float64) @ vectors[other].T
+        if transfer == "argmax":
+            np.testing.assert_allclose(np.take_along_axis(cosine, taken[:, None], 1)[:, 0], cosine.max(1), atol=1e-6)
+        else:
+            assert sorted(taken) == list(range(k))
+            assert cosine[np.arange(k), taken].sum() == pytest.approx(ranked[rank], abs=1e-5)
+    nearest = prototypes.neighbours(vectors, eligible, n).slide[:, 0]
+    assert (case[nearest] == case)[eligible].mean() > 0.5  # or the option would do nothing
+
+
+@pytest.mark.parametrize("k", [2, prototypes.EXACT + 1])
+def test_a_slide_with_fewer_slides_of_other_cases_than_asked_for_has_fewer_neighbours(k):
+    vectors, eligible = unit(1, 5, k), np.array([True, True, True, True, False])
+    found = prototypes.neighbours(vectors, eligible, 3, kin=np.array([4, 4, 4, 9, 2]))
+    assert found.slide[:3].tolist() == [[3, -1, -1]] * 3
+    assert sorted(found.slide[3].tolist()) == [0, 1, 2]
+    assert (found.slide[4] == -1).all()
+    assert np.isneginf(found.score[found.slide < 0]).all()
+    assert (found.transfer[found.slide < 0] == -1).all()
+    alone = prototypes.neighbours(vectors, eligible, 3, kin=np.zeros(5, int))
+    assert (alone.slide == -1).all()
+    assert (alone.transfer == -1).all()
+    assert np.isneginf(alone.score).all()
 
 
 def test_matchings_of_eight_are_those_of_the_hungarian_method():
@@ -222,7 +282,9 @@ found = []
 for count in (1, 8):
     mesh = sharding.make_mesh(devices=jax.devices()[:count])
     made = clustered(*cohort(counts=(14,) * 40)[:2], slides=40, mesh=mesh)
-    found.append((*made, *prototypes.neighbours(made.vectors, made.eligible, 2, mesh=mesh)))
+    for kin in (None, np.arange(40) // 3):
+        made += tuple(prototypes.neighbours(made[0], made[2], 2, kin=kin, mesh=mesh))
+    found.append(made)
 for one, eight in zip(*found):
     assert one.tobytes() == eight.tobytes()
 print("the same on", jax.device_count())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mfl_jax import config as configs
-from mfl_jax import losses, metrics, sharding, train
+from mfl_jax import losses, metrics, sharding, train, trained
 from mfl_jax.config import Reading
 from mfl_jax.methods import dino, slpd
 from tests.mfl_jax import processes, synthetic
@@ -221,6 +221,47 @@ def test_a_refresh_is_a_clustering_of_what_the_teacher_sees_and_the_best_matchin
     synthetic.assert_same({n: new.extra[n] for n in untouched}, {n: state.extra[n] for n in untouched})
 
 
+def test_neighbours_of_other_cases_alone():
+    """Slides 0 and 2 are of one case."""
+    state = rig()[2]
+    config = configured(slpd__apart="case")
+    facts = synthetic.facts(config.data)
+
+    def refreshed(case_of):
+        change = lambda step, made: made | {"case": np.asarray(case_of(made), np.int32)}  # noqa: E731
+        new, told = train.refreshed(
+            train.plan(config, source=synthetic.Source(facts, change=change), facts=facts), state
+        )
+        return jax.device_get(new.extra), told
+
+    found, told = refreshed(lambda made: made["slide"] // 4)
+    assert found["neighbour"][[0, 2]].tolist() == [[4, -1]] * 2
+    assert sorted(found["neighbour"][4].tolist()) == [0, 2]
+    assert (found["transfer"][[0, 2], 1] == -1).all()
+    assert told["refresh/neighbour_same_case"] == 0
+    assert np.isfinite([*told.values()]).all()
+    alone, told = refreshed(lambda made: 0 * made["slide"])
+    assert (alone["neighbour"] == -1).all()
+    assert np.isfinite([*told.values()]).all()
+    for name in ("prototypes", "assignment", "eligible"):
+        np.testing.assert_array_equal(found[name], alone[name])
+    with pytest.raises(
+        ValueError, match=r"the regions of slide 0 are not of one case \(3 such slides\).*apart = 'slide'"
+    ):
+        refreshed(lambda made: made["id"])
+
+
+def test_a_run_that_did_not_say_from_whom_neighbours_may_come_is_opened(tmp_path):
+    config = configured()
+    facts = synthetic.facts(config.data)
+    train.train(config, tmp_path, source=synthetic.Source(facts), facts=facts, progress=False, stop_at=1)
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert kept["slpd"].pop("apart") == "slide"
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    found = trained.open_run(tmp_path)
+    assert found.extra["neighbour"].shape == (synthetic.SLIDES, NEIGHBOURS)
+
+
 def test_slices_of_a_batch_move_the_centres_as_the_whole_batch_does():
     run, _, state, loss = rig()
     made, assignment = batch(run.facts)
@@ -240,6 +281,7 @@ def test_slices_of_a_batch_move_the_centres_as_the_whole_batch_does():
         ({"slpd__min_regions": 1}, r"slpd.min_regions is 1, and so many regions make no slpd.k = 2 clusters"),
         ({"slpd__k": 0}, "slpd.k is a whole number of 1 or more"),
         ({"slpd__transfer": "best"}, "slpd.transfer is 'best'; allowed: matched, argmax"),
+        ({"slpd__apart": "patient"}, "slpd.apart is 'patient'; allowed: slide, case"),
         ({"slpd__centres": "one"}, "slpd.centres is 'one'; allowed: own, shared"),
         ({"slpd__inter": -1.0}, "slpd.inter is -1.0; it is a weight"),
         ({"slpd__start": "soon"}, "slpd.start is a duration"),
