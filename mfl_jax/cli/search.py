@@ -170,17 +170,20 @@ def _add_attention(commands) -> None:
     command.add_argument("workdir", metavar="run", type=Path, help="the workdir of mfl train")
     command.add_argument("--tileset", type=Path, required=True)
     command.add_argument("--split", default="", help="tiles of this split of the tile set alone")
-    command.add_argument("--rows", type=int, default=4, help="tiles to draw (default 4)")
+    command.add_argument("--slides", type=Path, help="of regions: the cohort (CSV or folder), to draw them as H&E")
+    command.add_argument("--rows", type=int, default=4, help="tiles or regions to draw (default 4)")
     command.add_argument("--seed", type=int, default=0, help="which tiles")
     command.add_argument("--out", type=Path, default=Path("attention.png"))
 
 
 def attention(options: argparse.Namespace) -> int:
-    """Draw a few tiles, and over them what the CLS token of the last block attends to, head by head."""
+    """Draw a few tiles or regions, and over them what the CLS token of the last block attends to, head by head."""
     from input_pipeline.tileset import TileSet
     from mfl_jax import attention
+    from mfl_jax.slides import read_cohort
 
-    which = {"rows": options.rows, "split": options.split, "seed": options.seed}
+    slides = None if options.slides is None else {slide.slide_id: slide for slide in read_cohort(options.slides)}
+    which = {"rows": options.rows, "split": options.split, "seed": options.seed, "slides": slides}
     print(f"wrote {attention.of_run(options.workdir, TileSet.open(options.tileset), options.out, **which)}")
     return 0
 

@@ -32,7 +32,8 @@ class Model:
 
     apply(params, stats, x, *, train, rng=None, dtype=float32, maps=False) -> (features [B, dim] float32, new stats), or
     with maps=True -> (features, maps [B, h, w, channels]). rng is needed while training with dropout or drop path only.
-    attention(params, x, *, dtype=float32) -> [B, heads, h, w], of the CLS token in the last block; None of a convnet.
+    attention(params, x, *, dtype=float32) -> [B, heads, h, w], of the CLS token in the last block, of a cell without a
+    tile 0; None of a network without blocks.
     """
 
     init: Callable[..., tuple[Any, Any]]
@@ -155,7 +156,7 @@ def from_module(module: Any, dim: int, name: str) -> Model:
     def attend(params: Any, x: jax.Array, *, dtype: Any = jnp.float32) -> jax.Array:
         return attention.of_cls(module.clone(dtype=dtype), params, x)
 
-    return Model(init, apply, dim, name, attend if isinstance(module, vit.ViT) else None)
+    return Model(init, apply, dim, name, attend if isinstance(module, vit.ViT | grid_vit.GridViT) else None)
 
 
 def build_resnet(

@@ -31,6 +31,21 @@ def attended(x, p, heads):
     return dense(np.concatenate(mixed, -1), p["proj"]), np.stack(weights)
 
 
+def of_last(x, p, heads):
+    """Weights [heads, N] of the first of tokens x [N, D], in the second of two blocks."""
+    for number in range(2):
+        block = p[f"blocks_{number}"]
+        added, weights = attended(norm(x, block["norm1"]), block["attn"], heads)
+        x = x + added
+        hidden = dense(norm(x, block["norm2"]), block["mlp"]["fc1"])
+        x = x + dense(gelu(hidden), block["mlp"]["fc2"])
+    return weights[:, 0]
+
+
+def gelu(x):
+    return x * (1 + erf(x / np.sqrt(2))) / 2
+
+
 def expected(image, p, heads, patch, registers):
     side = image.shape[0] // patch
     tokens = []
@@ -39,20 +54,18 @@ def expected(image, p, heads, patch, registers):
             block = image[i * patch : (i + 1) * patch, j * patch : (j + 1) * patch].reshape(-1)
             tokens.append(dense(block, p["patch_embed"]) + p["pos_embed"][0, 1 + i * side + j])
     x = np.stack([p["cls_token"][0, 0] + p["pos_embed"][0, 0], *p["reg_token"][0], *tokens])
-    for number in range(2):
-        block = p[f"blocks_{number}"]
-        added, weights = attended(norm(x, block["norm1"]), block["attn"], heads)
-        x = x + added
-        hidden = dense(norm(x, block["norm2"]), block["mlp"]["fc1"])
-        x = x + dense(hidden * (1 + erf(hidden / np.sqrt(2))) / 2, block["mlp"]["fc2"])
-    return weights[:, 0, 1 + registers :].reshape(heads, side, side)
+    return of_last(x, p, heads)[:, 1 + registers :].reshape(heads, side, side)
+
+
+def made(spec, x):
+    model, draw = make(spec), np.random.default_rng(1)
+    params, _ = model.init(jax.random.key(0), x)  # as they start, they hardly look anywhere
+    return model, jax.tree.map(lambda p: (p + 0.3 * draw.normal(size=p.shape)).astype(np.float32), params)
 
 
 def test_the_maps_are_those_of_the_definition():
-    model, x = make(SPEC), np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
-    params, _ = model.init(jax.random.key(0), x)
-    shake = np.random.default_rng(1)  # weights as they start hardly look anywhere
-    params = jax.tree.map(lambda p: (p + 0.3 * shake.normal(size=p.shape)).astype(np.float32), params)
+    x = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
+    model, params = made(SPEC, x)
     found = jax.jit(model.attention)(params, x)
     wide = jax.tree.map(np.float64, params)
     assert found.shape == (2, 3, 3, 3)
@@ -63,6 +76,26 @@ def test_the_maps_are_those_of_the_definition():
     assert np.all(np.sum(found, (2, 3)) < 1)  # the rest is on the CLS token and the registers
     half = jax.jit(lambda p, x: model.attention(p, x, dtype=jnp.bfloat16))(params, x)
     np.testing.assert_allclose(half, found, atol=0.05)
+
+
+def test_maps_of_regions_are_those_of_the_tiles_that_are_there():
+    """Tiles that are not there are no tokens of the oracle at all; the last region has none."""
+    draw = np.random.default_rng(0)
+    there = draw.random((3, 4, 4)) < np.array([0.5, 0.9, 0])[:, None, None]
+    x = np.concatenate([draw.normal(size=(3, 4, 4, 5)), there[..., None]], -1).astype(np.float32)
+    model, params = made("grid_vit,features=12,blocks=2,heads=3", x)
+    found, wide = np.asarray(jax.jit(model.attention)(params, x)), jax.tree.map(np.float64, params)
+    assert found.shape == (3, 3, 4, 4)
+    for grid, maps, cells in zip(np.float64(x), found, there, strict=True):
+        own = gelu(dense(grid[cells][:, :-1], wide["phi"])) + wide["pos_embed"][0, 1:].reshape(4, 4, -1)[cells]
+        weights = of_last(np.stack([wide["cls_token"][0, 0] + wide["pos_embed"][0, 0], *own]), wide, 3)
+        assert not maps[:, ~cells].any()
+        np.testing.assert_allclose(maps[:, cells], weights[:, 1:], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(maps.sum((1, 2)) + weights[:, 0], 1, atol=1e-5)
+    assert found[:2].std() > 0.01
+    assert not found[2].any()
+    x[~there] = np.array([np.nan] * 5 + [0])
+    np.testing.assert_array_equal(jax.jit(model.attention)(params, x), found)
 
 
 @pytest.mark.parametrize("spec", ["compact", "resnet18", "mlp"])
