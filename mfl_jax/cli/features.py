@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mfl_jax.cli.parts import add_command, add_work, say
 
 if TYPE_CHECKING:
+    from input_pipeline.tile import Report
     from mfl_jax.encoder import Encoder
     from mfl_jax.slides import Source
 
@@ -19,44 +20,54 @@ def add(commands) -> None:
 def _add_extract(commands) -> None:
     command = add_command(commands, "extract", extract, "slides, or a tile set, through an encoder: one h5 a slide")
     command.add_argument("source", type=Path, help="slides (CSV, folder, one file), what mfl tile wrote, or a tile set")
-    which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", dest="workdir", type=Path, help="the workdir of mfl train")
-    which.add_argument(
-        "--weights", type=Path, help="a folder with config.json and model.safetensors, of ours, timm, DINO, HIPT"
-    )
+    add_encoder(command, required=True)
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--layout", choices=("ours", "clam", "trident", "stamp"), default="ours")
     command.add_argument(
         "--dtype", choices=("float16", "float32"), help="of the features (default: as the layout has it)"
     )
-    command.add_argument("--batch", type=int, default=256, help="tiles at a time, over all devices (default 256)")
     command.add_argument(
         "--mpp", type=float, help="um per px of the tiles, where it is not what the encoder was trained on"
     )
-    command.add_argument("--default-mpp", type=float, help="um per px of slides that do not say")
     add_work(command)
+
+
+def add_encoder(command: argparse.ArgumentParser, *, required: bool) -> None:
+    """What `extracted` reads, beside --mpp and what add_work adds."""
+    which = command.add_mutually_exclusive_group(required=required)
+    which.add_argument("--run", dest="workdir", type=Path, help="the workdir of mfl train")
+    which.add_argument(
+        "--weights", type=Path, help="a folder with config.json and model.safetensors, of ours, timm, DINO, HIPT"
+    )
+    command.add_argument("--batch", type=int, default=256, help="tiles at a time, over all devices (default 256)")
+    command.add_argument("--default-mpp", type=float, help="um per px of slides that do not say")
 
 
 def extract(options: argparse.Namespace) -> int:
     """Features of every tile of every slide. Run again, it does what failed, what changed, and what is new. Slides that
     were not tiled are tiled first, into OUT/tiled."""
+    return 1 if extracted(options, options.out, layout=options.layout, dtype=options.dtype).failed else 0
+
+
+def extracted(options: argparse.Namespace, out: Path, layout: str = "ours", dtype: str | None = None) -> "Report":
+    """options.source through options.workdir or options.weights, into `out`; where the time went is printed."""
     from mfl_jax import encoder
     from mfl_jax.extract import extract
 
     made = encoder.of_run(options.workdir) if options.workdir else encoder.of_weights(options.weights)
-    source = _source(options, made)
+    source = _source(options, out, made)
     made.check_tiles(source.size, source.mpp, asked=options.mpp, kind=source.kind, channels=source.channels)
     threads = None if options.workers is None else max(1, options.workers)
     work = {"batch": options.batch, "workers": threads, "progress": not options.quiet, "say": say}
-    report = extract(source, made, options.out, layout=options.layout, dtype=options.dtype, **work)
+    report = extract(source, made, out, layout=layout, dtype=dtype, **work)
     print(report.ledger.table())
     states = [row["state"] for row in report.rows]
     print(f"{states.count('done')} done, {states.count('empty')} empty, {states.count('failed')} failed "
-          f"({report.kept} were done before); table: {options.out / 'status.csv'}")  # fmt: skip
-    return 1 if report.failed else 0
+          f"({report.kept} were done before); table: {out / 'status.csv'}")  # fmt: skip
+    return report
 
 
-def _source(options: argparse.Namespace, made: "Encoder") -> "Source":
+def _source(options: argparse.Namespace, out: Path, made: "Encoder") -> "Source":
     from input_pipeline import tile
     from mfl_jax import slides
 
@@ -69,8 +80,8 @@ def _source(options: argparse.Namespace, made: "Encoder") -> "Source":
             )
         params = tile.Params(size=made.size, mpp=mpp, default_mpp=options.default_mpp)
         work = {"workers": options.workers, "progress": not options.quiet, "say": say}
-        tile.tile_cohort(slides.read_cohort(options.source, say), options.out / "tiled", params, **work)
-        return slides.of_tiled(options.out / "tiled")
+        tile.tile_cohort(slides.read_cohort(options.source, say), out / "tiled", params, **work)
+        return slides.of_tiled(out / "tiled")
     if options.default_mpp is not None:
         raise ValueError(f"--default-mpp is for slides; {options.source} is tiled already")
     return slides.of_tile_set(options.source) if kind == "tile set" else slides.of_tiled(options.source)

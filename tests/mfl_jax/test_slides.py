@@ -1,4 +1,4 @@
-"""Tiles as they lie on slides and in tile sets, and `mfl extract` from the command line."""
+"""Tiles as they lie on slides and in tile sets, and `mfl extract` and `mfl regions` of them from the command line."""
 
 import csv
 import os
@@ -13,6 +13,8 @@ from PIL import Image
 
 from input_pipeline import cohort, tile
 from input_pipeline.phantom.files import write_svs
+from input_pipeline.tileset import TileSet
+from input_pipeline.tileset.verify import verify
 from mfl_jax import cli, models, slides, store
 from mfl_jax.extract import extract
 from mfl_jax.interop import weights
@@ -152,6 +154,72 @@ def test_extract_from_slides(drawn, encoder_folder, tmp_path, capsys):
     draw(folder / "broken.png", 9)
     assert mfl(*arguments, "--default-mpp", 0.5) == 0
     assert "3 done, 1 empty, 0 failed (3 were done before)" in capsys.readouterr().out
+
+
+def grids(folder):
+    found = {}
+    with TileSet.open(folder) as tiles:
+        for example in tiles.read(range(len(tiles))):
+            found.setdefault(example.slide, []).append(tiles.decode(example)["he"])
+    return {name: np.stack(of_slide) for name, of_slide in found.items()}
+
+
+def test_regions_from_slides(drawn, encoder_folder, tmp_path, capsys):
+    """As extract and then regions, with the ledger of both; the features lie in the set and disturb nothing there."""
+    folder, _ = drawn
+    form = ("--tiles", 4, "--min-tissue", 0.1)
+    encoder = ("--weights", encoder_folder, "--default-mpp", 0.5)
+    assert mfl("extract", folder, *encoder, "--out", tmp_path / "features") == 1
+    assert mfl("regions", tmp_path / "features", *form, "--out", tmp_path / "two") == 0
+    capsys.readouterr()
+    arguments = ("regions", folder, *encoder, *form, "--out", tmp_path / "one")
+    assert mfl(*arguments) == 1  # broken.png
+    printed = capsys.readouterr().out
+    assert printed.count("The limit is") == 2
+    assert f"2 done, 1 empty, 1 failed (0 were done before); table: {tmp_path / 'one' / 'features'}" in printed
+    assert f"2 done, 1 empty, 0 failed (0 were done before); table: {tmp_path / 'one' / 'status.csv'}" in printed
+    one, two = (grids(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys() == {"a", "b"}
+    for name, grid in one.items():
+        np.testing.assert_array_equal(grid, two[name])
+    assert verify(tmp_path / "one", deep=True) == []
+    draw(folder / "broken.png", 9)
+    assert mfl(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "3 done, 1 empty, 0 failed (3 were done before)" in printed
+    assert grids(tmp_path / "one").keys() == {"a", "b", "broken"}
+
+
+def test_regions_from_a_table_of_slides_have_its_labels(drawn, encoder_folder, tmp_path):
+    folder, _ = drawn
+    table = folder / "slides.csv"
+    table.write_text("slide_id,case_id,he,mpp_he,label\nx,p,a.png,0.5,good\ny,q,b.png,0.5,bad\n")
+    arguments = ("regions", table, "--weights", encoder_folder, "--tiles", 8, "--min-tissue", 0.1)
+    assert mfl(*arguments, "--out", tmp_path / "out") == 0
+    with TileSet.open(tmp_path / "out") as tiles:
+        assert (tiles.slides, tiles.cases, tiles.spec.label_names) == (["x", "y"], ["p", "q"], ("bad", "good"))
+        assert [*dict.fromkeys(tiles.tiles["label"].tolist())] == [1, 0]
+
+
+def test_slides_without_an_encoder_and_features_with_one_are_refused(drawn, encoder_folder, tmp_path, capsys):
+    (folder, _), out = drawn, tmp_path / "out"
+    samples.write_set(tmp_path / "set")
+    (tmp_path / "features").mkdir()
+    h5py.File(tmp_path / "features" / "a.h5", "w").close()
+    for given, message in (
+        ((folder,), f"{folder} holds 4 slides, and no features of tiles: name the encoder as --run"),
+        ((tmp_path / "set",), f"{tmp_path / 'set'} holds what mfl pack wrote, and no features of tiles"),
+        ((folder, "--default-mpp", 0.5), "--default-mpp is for slides, with --run or --weights"),
+        ((tmp_path / "nowhere",), "holds no .h5 files"),
+        ((tmp_path / "features", "--weights", encoder_folder), "holds features already: leave --run and --weights out"),
+    ):
+        assert mfl("regions", *given, "--out", out) == 2
+        assert message in capsys.readouterr().err
+    (folder / "a.png").write_bytes(b"")
+    one = tmp_path / "one.csv"
+    one.write_text(f"slide_id,case_id,he,mpp_he\nx,p,{folder / 'a.png'},0.5\n")
+    assert mfl("regions", one, "--weights", encoder_folder, "--out", out) == 1
+    assert "there is nothing to cut regions from" in capsys.readouterr().out
 
 
 def test_extract_from_a_tile_set_in_another_layout(encoder_folder, tmp_path, capsys):
