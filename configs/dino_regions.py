@@ -1,6 +1,6 @@
 """DINO on regions, grids of tile features: the second level of HIPT (arXiv 2206.02647), on which SLPD stands.
 
-    mfl regions slides.csv --run runs/dino --out data/regions               # 16 x 16 tiles by the first level's features
+    mfl regions slides.csv --run runs/dino --out data/regions              # 16 x 16 tiles, seen by the first level
     mfl train --config=configs/dino_regions.py --workdir=runs/regions      # the papers' setting
     mfl eval runs/regions --tileset data/regions --baselines random,mean   # against the mean of tile features
 
