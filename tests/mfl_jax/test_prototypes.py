@@ -203,14 +203,16 @@ def test_matchings_of_eight_are_those_of_the_hungarian_method():
         assert float(sums[i, j]) == pytest.approx(prototypes.best_matching(cosine[:, i, :, j])[0], abs=1e-5)
 
 
-def test_tiles_of_the_table_of_any_size_give_the_same(monkeypatch):
+@pytest.mark.parametrize("kin", [None, np.arange(130) // 3, np.arange(130) < 129])  # the last: one neighbour, or many
+def test_tiles_of_the_table_of_any_size_give_the_same(kin, monkeypatch):
     vectors, eligible = unit(3, 130, 4), np.ones(130, bool)
-    whole = prototypes.neighbours(vectors, eligible, 2)
+    whole = prototypes.neighbours(vectors, eligible, 2, kin=kin)
     monkeypatch.setattr(prototypes, "ROWS", 8)
     monkeypatch.setattr(prototypes, "COLUMNS", 64)
     prototypes._comparing.cache_clear()
-    for one, other in zip(prototypes.neighbours(vectors, eligible, 2), whole, strict=True):
+    for one, other in zip(prototypes.neighbours(vectors, eligible, 2, kin=kin), whole, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
+    assert kin is None or (kin[whole.slide] != kin[:, None])[whole.slide >= 0].all()
 
 
 def test_of_equal_slides_the_lower_number_is_the_neighbour():

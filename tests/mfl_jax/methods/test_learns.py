@@ -129,7 +129,7 @@ def cut(tileset, tmp_path_factory) -> TileSet:
 
 
 def variance_told(features: np.ndarray, mixture: np.ndarray, regions: TileSet) -> float:
-    """Of the mixtures of kinds [N, K] of test cases' regions, by the mean of their neighbours' among the train cases."""
+    """Of the mixtures of kinds [N, K] of test cases' regions, by the mean of their neighbours' of train cases."""
     bank, asked = (regions.ids(split) for split in ("train", "test"))
     x = features.astype(np.float64) - features[bank].mean(0)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
