@@ -68,8 +68,8 @@ runs |= evidence.train(work, more_slides, [CEILING], f"total.steps={work.scale.a
 # ## Features of the other cases
 #
 # Beside the trained encoders there are the same network as it was drawn, and statistics of colour. *Told kinds* has no
-# encoder: the features of a tile say its kind, from the phantom's own map. Where heads fail on these as well, it is
-# slides that are wanting; where they do not, it is encoders.
+# encoder: the features of a tile say its kind, and whether it holds others, from the phantom's own map. Where heads
+# fail on these as well, it is slides or heads that are wanting; where they do not, it is encoders.
 
 # %%
 found = evidence.features(

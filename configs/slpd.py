@@ -45,7 +45,7 @@ def slpd(given: set[str]) -> ConfigDict:
         "start": "20 epochs",  # done before prototypes are sought
         "every": "1 epochs",
         "neighbours": 1,
-        "apart": "slide",  # what these differ in from the slide; "case": they are of other patients
+        "apart": "slide",  # "case": of other patients alone
         "transfer": common.one_of(given, TRANSFER, "transfer"),
         "intra": 1.0,  # weights of the two terms beside DINO's
         "inter": 1.0,

@@ -91,11 +91,13 @@ def _shown(maps: np.ndarray) -> list[np.ndarray]:
 
 def _over_regions(seen: np.ndarray, maps: np.ndarray, stored: list[np.ndarray] | None) -> list[list[np.ndarray]]:
     """Rows of pictures; `stored` are the regions as H&E."""
-    axes, rows = Axes.of(seen), []
+    if stored is None:
+        axes = Axes.of(seen)
+        first = [_large(axes.colours(grid)) for grid in seen]
+    rows = []
     for number, (grid, each) in enumerate(zip(seen, maps, strict=True)):
         he, there = None if stored is None else stored[number], grid[..., -1] > 0.5
-        first = _large(axes.colours(grid)) if he is None else he
-        rows.append([first, *(_cells(heat, there, he) for heat in _shown(each))])
+        rows.append([first[number] if he is None else he, *(_cells(heat, there, he) for heat in _shown(each))])
     return rows
 
 
@@ -129,9 +131,9 @@ def of_slides(
     for i, name in zip(regions, names, strict=True):
         x, y, mpp = (float(tileset.tiles[column][i]) for column in ("x", "y", "mpp"))
         before, side = (spec.size - cells) // 2 * spec.mpp, cells * spec.mpp  # um
-        with open_slide(slides[name].he, mpp=slides[name].mpp, default_mpp=mpp) as slide:
-            if slide.mpp is None or not slide.is_rgb:
-                raise SlideError(f"{slide.path}: RGB of known um per px is expected")
-            left, top = ((at * mpp + before) / slide.mpp for at in (x, y))
+        with open_slide(slides[name].he, mpp=mpp) as slide:  # that by which the tiles were cut
+            if not slide.is_rgb:
+                raise SlideError(f"{slide.path}: RGB is expected")
+            left, top = x + before / mpp, y + before / mpp
             pictures.append(slide.read_region(left, top, REGION_SIDE, REGION_SIDE, side / REGION_SIDE)[..., :3])
     return pictures

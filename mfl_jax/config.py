@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import configs
 
 INSTALLED = Path(configs.__file__).parent
+SINCE = {"moco.batch_negatives": False, "slpd.apart": "slide"}  # what runs did before there were these keys
 
 
 def load(spec: str) -> ConfigDict:
@@ -172,6 +173,16 @@ def whole(reading: Reading, key: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{reading.full_name(key)} is a whole number of {least} or more, not {value!r}")
     return value
+
+
+def completed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config as it was stored, with what it was too early to say."""
+    found = dict(document)
+    for name, value in SINCE.items():
+        section, _, key = name.partition(".")
+        if section in found:
+            found[section] = {key: value} | found[section]
+    return found
 
 
 def to_json(config: ConfigDict) -> str:

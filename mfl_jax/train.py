@@ -340,7 +340,8 @@ def check_unchanged(config: ConfigDict, workdir: Path, override: bool = False) -
     path = workdir / "config.json"
     if not path.exists():
         return ()
-    old, new = (configs.flatten(json.loads(t)) for t in (path.read_text(), configs.to_json(config)))
+    stored = configs.completed(json.loads(path.read_text()))
+    old, new = (configs.flatten(of) for of in (stored, json.loads(configs.to_json(config))))
     names = [k for k in sorted(old | new) if old.get(k) != new.get(k)]
     told = {k: f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in names}
     bound = [told[k] for k in names if not any(fnmatch.fnmatch(k, free) for free in (*FREE, *FREE_DATA))]

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.files import read_json
 from mfl_jax import checkpoint, data, methods, sharding
+from mfl_jax import config as configs
 from mfl_jax.config import Reading
 from mfl_jax.data import Facts
 from mfl_jax.methods.base import Method
@@ -80,7 +81,7 @@ def read_run(workdir: Path) -> tuple[ConfigDict, Facts]:
         raise RunError(f"{workdir} is no run: {what}. A run is the --workdir of mfl train")
     try:
         facts = data.facts_of(read_json(workdir / "facts.json", "what the tiles of a run were"))
-        config = ConfigDict(_tuples(read_json(workdir / "config.json", "the config of a run")))
+        config = ConfigDict(_tuples(configs.completed(read_json(workdir / "config.json", "the config of a run"))))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{workdir} cannot be used: {error}") from error
     return config, facts

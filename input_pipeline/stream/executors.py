@@ -1,7 +1,7 @@
 """Do numbered pieces of work in parallel and ahead of the consumer, and say in order which are done.
 
-Two executors do the same thing: tf.data, and Python threads for hosts without tensorflow. Both are generators: closing
-one stops its workers and waits for what they have in hand.
+Two executors do the same thing: tf.data, and Python threads where workers are few or there is no tensorflow. Both are
+generators: closing one stops its workers and waits for what they have in hand.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ FEW = 4
 
 
 def choose(executor: str, workers: int) -> str:
-    """'auto' is tf.data where tensorflow is installed and there are more than FEW workers: fewer are no faster in it,
-    and importing it takes seconds of every run."""
+    """'auto' is tf.data where tensorflow is installed and there are more than FEW workers: two are as fast in
+    either (bench_stream.py), and importing it takes three seconds of every run."""
     if executor not in ("auto", "tfdata", "threads"):
         raise ValueError(f"executor is 'auto', 'tfdata' or 'threads', not {executor!r}")
     found = util.find_spec("tensorflow") is not None

@@ -29,7 +29,8 @@ def add(commands) -> None:
     command.add_argument(
         "--table",
         type=Path,
-        help="CSV: slide_id, and case_id, label, label_<x> (default: a CSV of slides, or all files)",
+        help="CSV: slide_id, and case_id, label, label_<x> (default: SOURCE, if that is a CSV; else all files, without "
+        "labels)",
     )
     command.add_argument("--name", default="regions", help="of the set (lower case letters, digits, _)")
     command.add_argument("--splits", help=SPLITS_HELP)
@@ -47,11 +48,13 @@ def regions(options: argparse.Namespace) -> int:
     names = ("name", "tiles", "step", "min_tissue", "tile_size", "mpp")
     params = Params(**{name: getattr(options, name) for name in names})
     splits = None if options.splits is None else read_splits(options.splits)
+    table = options.source if options.table is None and options.source.suffix.lower() == ".csv" else options.table
+    if table is not None and not table.is_file():  # said before hours of extraction
+        raise ValueError(f"there is no table {table}")
     features, failed = _features(options)
     if failed and not any(features.glob("*.h5")):
         print("no slide has features: there is nothing to cut regions from")
         return 1
-    table = options.source if options.table is None and options.source.suffix == ".csv" else options.table
     work = {"workers": options.workers, "progress": not options.quiet, "say": say}
     report = assemble(features, options.out, params, table=table, splits=splits, split_seed=options.split_seed, **work)
     print(report.ledger.table())
@@ -74,6 +77,8 @@ def _features(options: argparse.Namespace) -> tuple[Path, bool]:
     if options.workdir or options.weights:
         if source.is_dir() and any(source.glob("*.h5")):
             raise ValueError(f"{source} holds features already: leave --run and --weights out")
+        if options.tile_size is not None:
+            raise ValueError("--tile-size is for files of features: with --run or --weights the encoder says it")
         features = options.out / "features"
         return features, bool(extracted(options, features).failed)
     if options.default_mpp is not None:

@@ -169,10 +169,10 @@ def _add_attention(commands) -> None:
     command = add_command(commands, "attention", attention, "a picture of what a trained ViT attends to")
     command.add_argument("workdir", metavar="run", type=Path, help="the workdir of mfl train")
     command.add_argument("--tileset", type=Path, required=True)
-    command.add_argument("--split", default="", help="tiles of this split of the tile set alone")
+    command.add_argument("--split", default="", help="of this split of the tile set alone")
     command.add_argument("--slides", type=Path, help="of regions: the cohort (CSV or folder), to draw them as H&E")
     command.add_argument("--rows", type=int, default=4, help="tiles or regions to draw (default 4)")
-    command.add_argument("--seed", type=int, default=0, help="which tiles")
+    command.add_argument("--seed", type=int, default=0, help="which of them")
     command.add_argument("--out", type=Path, default=Path("attention.png"))
 
 

@@ -201,7 +201,13 @@ def told_kinds(found: Found) -> Found:
     own map. What heads make of it is what so many slides suffice for, whatever the encoder."""
     ids = np.arange(len(found.columns["region"]))
     seed = Seed(0, composition.embedded(found.columns, ids, "purity").features["he"])
-    arm = ArmRuns("told", "Told kinds", "ceiling", (seed,), "the kind of every tile, by the phantom's own map")
+    arm = ArmRuns(
+        "told",
+        "Told kinds",
+        "ceiling",
+        (seed,),
+        "the kind of every tile, and whether it holds others, by the phantom's own map",
+    )
     return replace(found, arms=(*found.arms, arm))
 
 

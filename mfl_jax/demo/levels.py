@@ -123,13 +123,20 @@ def told_features(work: Work) -> Path:
     """As `features`, of no encoder: the kind of every tile by the phantom's own map, one of K."""
     tileset, folder = TileSet.open(work.out / "set"), work.out / "features" / TOLD
     kinds = composition.embedded(_columns(tileset), np.arange(len(tileset)), "mixture").features["he"]
-    place = store.Layout("ours", folder, "float16", "kinds", hashlib.sha256(KIND.encode()).hexdigest())
-    for i, entry in enumerate(slides.of_tile_set(tileset.root).entries):
-        rows = kinds[tileset.first_row[i] : tileset.first_row[i + 1]]
-        with store.writer(place, entry.open().sheet, kinds.shape[1], entry.signature) as written:
-            written[:] = rows
-    store.write_encoder(place, ())
+    store_features(folder, "kinds", tileset, kinds)
     return folder
+
+
+def store_features(folder: Path, name: str, tileset: TileSet, features: np.ndarray) -> None:
+    """Features of every tile, by no trained encoder, one h5 a slide; those that lie there are kept."""
+    place = store.Layout("ours", folder, "float16", name, hashlib.sha256(features.tobytes()).hexdigest())
+    for i, entry in enumerate(slides.of_tile_set(tileset.root).entries):
+        sheet, key = entry.open().sheet, f"{entry.signature} {place.sha256}"
+        about = store.stored_attributes(place.files_of(sheet)["features"])
+        if about is None or about["config_sha256"] != key:
+            with store.writer(place, sheet, features.shape[1], key) as written:
+                written[:] = features[tileset.first_row[i] : tileset.first_row[i + 1]]
+    store.write_encoder(place, ())
 
 
 def regions(work: Work, levels: Levels, folders: Mapping[str, Path]) -> dict[str, Path]:

@@ -34,7 +34,7 @@ def make(reading: Any, facts: Facts, mesh: jax.sharding.Mesh) -> Method:
     look, see = towers.eval_view(reading, facts), _views(reading, facts)
     ways = 2 if options.symmetric else 1
     temperature, apart, size = options.temperature, options.mask_same_slide, options.queue
-    beside = options.batch_negatives if "batch_negatives" in options else False  # runs of before did not say
+    beside = options.batch_negatives
     decay = _checked(size, reading.data.batch * ways, options.momentum)
     shuffled = models.parse(reading.encoder)[1].get("bn_groups", 1) > 1
 

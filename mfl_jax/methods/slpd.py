@@ -178,9 +178,8 @@ def _checked(options: Any, facts: Facts, weights: Mapping[str, float], reading: 
             f"slpd.min_regions is {asked['min_regions']}, and so many regions make no slpd.k = {asked['k']} clusters: "
             "it is at least k"
         )
-    asked["apart"] = options.apart if "apart" in options else "slide"  # runs of before did not say
-    asked |= {name: getattr(options, name) for name in ("transfer", "centres")}
     for name, allowed in (("transfer", prototypes.TRANSFER), ("centres", CENTRES), ("apart", APART)):
+        asked[name] = getattr(options, name)
         if asked[name] not in allowed:
             raise ValueError(f"slpd.{name} is {asked[name]!r}; allowed: {', '.join(allowed)}")
     for name, value in weights.items():

@@ -33,7 +33,7 @@ class Model:
     apply(params, stats, x, *, train, rng=None, dtype=float32, maps=False) -> (features [B, dim] float32, new stats), or
     with maps=True -> (features, maps [B, h, w, channels]). rng is needed while training with dropout or drop path only.
     attention(params, x, *, dtype=float32) -> [B, heads, h, w], of the CLS token in the last block, of a cell without a
-    tile 0; None of a network without blocks.
+    tile 0; None of what is no transformer.
     """
 
     init: Callable[..., tuple[Any, Any]]

@@ -82,7 +82,8 @@ def regions_fixture(tmp_path_factory):
     root, draw = tmp_path_factory.mktemp("regions"), np.random.default_rng(0)
     cells = draw.integers(0, 256, (2 * SIDE, 3 * SIDE, 3), np.uint8)
     (root / "slides").mkdir()
-    Image.fromarray(cells.repeat(CELL, 0).repeat(CELL, 1)).save(root / "slides" / "s.tif")
+    dpi = 25400 / (1.3 * MPP)  # the file says another scale than that by which it was cut
+    Image.fromarray(cells.repeat(CELL, 0).repeat(CELL, 1)).save(root / "slides" / "s.tif", dpi=(dpi, dpi))
     records = []
     for number in range(6):
         there = draw.random((SIDE, SIDE, 1)) < 0.7

@@ -41,7 +41,9 @@ def assert_true(batch, truth):
         np.testing.assert_array_equal(batch[name], getattr(truth, name)[ids])
 
 
-def test_few_workers_do_not_wait_for_tensorflow(monkeypatch):
+def test_few_workers_do_not_wait_for_tensorflow(toy, monkeypatch):
+    with train_stream(toy.tileset(), batch=8, seed=3, threads=2) as stream:
+        assert stream.executor == "threads"
     assert executors.choose("auto", executors.FEW) == "threads"
     assert executors.choose("auto", executors.FEW + 1) == "tfdata"
     monkeypatch.setattr(executors.util, "find_spec", lambda name: None)

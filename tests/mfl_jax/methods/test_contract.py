@@ -106,8 +106,8 @@ def test_the_curve_of_twenty_steps_is_that_of_before(case):
     if os.environ.get("MFL_REFRESH_GOLDEN"):
         path.write_text(json.dumps({"jax": jax.__version__, "losses": [round(x, 6) for x in found]}) + "\n")
     assert path.exists(), "there is no golden curve: look at the losses, then run once with MFL_REFRESH_GOLDEN=1"
-    # SimSiam's is a cosine, and near 0: other processors differ by some 5e-4
-    np.testing.assert_allclose(found, json.loads(path.read_text())["losses"], rtol=2e-3, atol=1e-3)
+    least = 1e-3 if "simsiam" in case else 1e-4  # a cosine, and near 0: other processors differ by some 5e-4
+    np.testing.assert_allclose(found, json.loads(path.read_text())["losses"], rtol=2e-3, atol=least)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -205,7 +205,7 @@ linen.relu = jax.nn.gelu
 shift = 1.0 if "simsiam" in sys.argv[2] else 0.0
 def curve(count, **more):
     config = synthetic.tiny(*sys.argv[1:3], total__steps=20, **more)
-    config.optim.name, config.optim.lr = "sgd", 2e-3
+    config.optim.name, config.optim.lr = "sgd", 2e-3 if "trident" in sys.argv[1] else 1e-2
     facts = synthetic.facts(config.data)
     devices, make = jax.devices()[:count], sharding.make_mesh
     train.sharding.make_mesh = lambda shape: make(shape, devices)
@@ -236,7 +236,7 @@ def on_devices(case: str, cache: Path, *others: str) -> str:
     Networks are smooth here. Where an activation lies within rounding of the kink of a ReLU, it passes on one device
     and not on eight: the gradient, which has a jump there, then differs by all that goes through it. SimSiam met one at
     step 7 and a bias went 5e-5 apart; with a smooth function every parameter stays within 2e-7. VICReg's hinge has a
-    kink as well, and a loss of 60: steps are short enough that TriDeNT does not amplify rounding. SimSiam's loss is
+    kink as well, and a loss of 60: TriDeNT's steps are shorter, or they amplify rounding. SimSiam's loss is
     minus a cosine, whose terms are not small where it is near 0; compared is 1 - cosine, the half of BYOL's distance.
     """
     name, _, words = case.partition(":")

@@ -251,7 +251,7 @@ def test_neighbours_of_other_cases_alone():
         refreshed(lambda made: made["id"])
 
 
-def test_a_run_that_did_not_say_from_whom_neighbours_may_come_is_opened(tmp_path):
+def test_a_run_that_did_not_say_from_whom_neighbours_may_come_is_opened_and_goes_on(tmp_path):
     config = configured()
     facts = synthetic.facts(config.data)
     train.train(config, tmp_path, source=synthetic.Source(facts), facts=facts, progress=False, stop_at=1)
@@ -260,6 +260,10 @@ def test_a_run_that_did_not_say_from_whom_neighbours_may_come_is_opened(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(kept))
     found = trained.open_run(tmp_path)
     assert found.extra["neighbour"].shape == (synthetic.SLIDES, NEIGHBOURS)
+    asked = {"source": synthetic.Source(facts), "facts": facts, "progress": False, "stop_at": 2}
+    assert int(train.train(config, tmp_path, **asked).step) == 2
+    with pytest.raises(ValueError, match=r"slpd.apart: 'slide' -> 'case'"):
+        train.train(configured(slpd__apart="case"), tmp_path, **asked)
 
 
 def test_slices_of_a_batch_move_the_centres_as_the_whole_batch_does():
