@@ -136,6 +136,7 @@ def described(found: Prototypes, near: Neighbours) -> dict[str, float]:
         share = sizes / sizes.sum(1, keepdims=True)
         entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1)
         told["cluster_evenness"] = float(entropy.mean() / np.log(k))
+    told["without_neighbour"] = float((near.slide[found.eligible, 0] < 0).sum())
     first = near.score[near.slide[:, 0] >= 0, 0]
     return told | ({"neighbour_cosine": float(first.mean() / k)} if len(first) else {})
 

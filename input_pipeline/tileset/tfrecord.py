@@ -219,6 +219,8 @@ def _decode_entry(data: bytes, at: int, end: int, features: dict[str, Decoded], 
         key = name.decode()
     except UnicodeDecodeError:
         raise RecordError(f"a feature name is not UTF-8: {name[:40]!r}") from None
+    if key in features:
+        raise RecordError(f"the feature {key!r} stands there twice")
     if only is None or key in only:
         value = _decode_value(data, *place)
         if value is not None:

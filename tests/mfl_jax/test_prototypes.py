@@ -251,8 +251,9 @@ def test_sizes_and_likeness_in_numbers():
     entropy = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1)) / np.log(2)
     assert told == pytest.approx(
         {"eligible_slides": 2, "eligible_regions": 0.8, "cluster_min": 1, "cluster_mean": 5, "cluster_max": 9,
-         "cluster_evenness": (1 + entropy) / 2, "neighbour_cosine": 0.75}
+         "cluster_evenness": (1 + entropy) / 2, "neighbour_cosine": 0.75, "without_neighbour": 0}
     )  # fmt: skip
+    assert prototypes.described(made, near_of([1, -1, -1]))["without_neighbour"] == 1
     none = made._replace(eligible=np.zeros(3, bool))
     assert prototypes.described(none, near_of([-1, -1, -1]))["eligible_slides"] == 0
 

@@ -102,6 +102,12 @@ def test_of_what_was_encoded_those_asked_for_come_back(features, others):
     assert all(same(decoded[k], as_decoded(features[k])) for k in decoded)
 
 
+def test_a_feature_that_stands_there_twice_is_refused():
+    one = encode_example({"he": b"pixels"})[2:]
+    with pytest.raises(RecordError, match="'he' stands there twice"):
+        decode_example(b"\x0a" + bytes([2 * len(one)]) + one + one)
+
+
 def test_nothing_is_read_behind_the_last_name_asked_for():
     whole = encode_example({"he": b"pixels", "x": 1.5})
     at = whole.rindex(b"\x0a\x01x")
