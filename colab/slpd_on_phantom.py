@@ -122,7 +122,7 @@ words = {
     "question": "Is SLPD above DINO on regions, and that above the mean of tile features, for telling slides apart?",
 }
 more = {
-    "answer": levels.answer(study, lines, fallen),
+    "answer": levels.answer(study, fallen),
     "curves": levels.curves(runs),
     **levels.record(work, tileset, digests),
 }

@@ -227,16 +227,19 @@ def region_arms(
     brief: Sequence[str] = (),
 ) -> tuple[list[SlideArm], dict[str, str]]:
     """Embeddings of regions by every run, and digests of checkpoints; arms in `brief` are not given to a head."""
-    asked, words, titles = [], {}, {}
+    asked, words = [], {}
     for setting, members in arms.items():
         for arm in members:
             name = _named(arm.name, setting)
             asked += [slide_arms.Asked(name, path, sets[setting]) for path in runs[setting][arm.name]]
-            words[name], titles[name] = arm, arm.title + (" (told kinds)" if setting == TOLD else "")
+            words[name] = arm
+            if setting == TOLD:
+                what = f"{arm.what}; on tiles that say their kind"
+                words[name] = replace(arm, title=f"{arm.title} (told kinds)", what=what)
     skip = {name: ("hipt",) for name in words if name in brief}
     seen = slide_arms.seen_cases(asked, {})
     made, digests = slide_arms.collect(asked, table, seen, skip=skip, say=tell)
-    told = [replace(a, title=titles[a.name], kind=words[a.name].kind, what=words[a.name].what) for a in made]
+    told = [replace(a, title=words[a.name].title, kind=words[a.name].kind, what=words[a.name].what) for a in made]
     return told, digests
 
 
@@ -307,20 +310,22 @@ def written(study: Study) -> str:
     return f"What is written on the slides (AUC by the phantom's own map of kinds of tile): {'; '.join(told)}."
 
 
-def answer(study: Study, lines: Sequence[str], fallen: Sequence[str] = ()) -> str:
-    """How many of the steps of the claim are shown, over ways and shares; then the figures of the first way."""
+def answer(study: Study, fallen: Sequence[str] = ()) -> str:
+    """How many of the steps of the claim are shown, over ways and shares; then the figures of nearest neighbours."""
     steps = {(name, d.first, d.second): d for name, d in study.differences}
-    told = []
+    titles, told = {arm.name: arm.title for arm in study.arms}, []
     for first, second in CLAIM:
         found = [d for (name, a, b), d in steps.items() if (a, b) == (first, second) and name.endswith("/auc")]
         up = sum(d.interval.value > 0 and d.p_holm < 0.05 for d in found)
         down = sum(d.interval.value < 0 and d.p_holm < 0.05 for d in found)
-        titles = {arm.name: arm.title for arm in study.arms}
         told.append(
             f"{titles[first]} is clearly above {titles[second]} in {up} of {len(found)} figures, below in {down}"
         )
     warning = f" {len(fallen)} runs collapsed in training: their figures say nothing of their method." if fallen else ""
-    return f"{'; '.join(told)}.{warning} {lines[1]}"
+    arms = list(dict.fromkeys(name for pair in CLAIM for name in pair))
+    values = {name: study.scored[name, "knn", 1.0].metrics.get("auc") for name in arms}
+    each = (f"{titles[name]} {tables.figure(v.value if v else None)}" for name, v in values.items())
+    return f"{'; '.join(told)}.{warning} AUC of nearest neighbours with all labels: {', '.join(each)}."
 
 
 def record(work: Work, tileset: TileSet, digests: Mapping[str, str]) -> dict[str, Any]:
