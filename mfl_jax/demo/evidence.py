@@ -61,12 +61,12 @@ SCALES = {
     "small": Scale(
         Size("phantom", 64, 1024, 40, "total.steps=200"),
         paired=16, annotated=128, annotated_steps=900,
-        seeds=3, folds=4, inner=2, settings=mil.Settings(epochs=30, patience=6),
+        seeds=3, folds=4, inner=2, settings=mil.Settings(epochs=150, patience=30),
     ),
     "full": Scale(
         Size("phantom", 64, 2048, 80, "total.steps=600,data.batch=128"),
         paired=32, annotated=160, annotated_steps=2000,
-        seeds=3, folds=5, inner=3, settings=mil.Settings(),
+        seeds=3, folds=5, inner=3, settings=mil.Settings(epochs=150, patience=30),
     ),
 }  # fmt: skip
 
