@@ -11,8 +11,9 @@ tiny          two steps of almost nothing, for tests.
 Words         lung, breast: breast is 2 prototypes of each slide with at least 16 regions (paper, BRCA); matched,
               argmax: with argmax a prototype stands for whichever of the neighbour's is most alike, as in the released
               code, not for the one it is matched with; drop, turn: as there.
-Expect        paper: better than HIPT, whose test AUC at 100 % of the slides is .874 (BRCA) and .952 (lung). Here: not
-              yet measured.
+Expect        paper: better than HIPT, whose test AUC at 100 % of the slides is .874 (BRCA) and .952 (lung). Here, on
+              a phantom of 48 cases, 150 steps, three seeds: KNN of slides .831 on tiles that say their kind (DINO .800,
+              the mean .428), and at chance on features of DINO; colab/slpd_on_phantom.py.
 """
 
 from collections.abc import Iterator
