@@ -52,20 +52,21 @@ def of_run(
         raise ValueError(f"--rows is {rows}; there are 1 to {len(ids)} {'regions' if grid else 'tiles'} to draw")
     chosen = np.sort(np.random.default_rng(seed).permutation(ids)[:rows])
     he = np.stack([np.asarray(tileset.decode(example)["he"]) for example in tileset.read(chosen.tolist())])
-    seen, maps = attended(run, he)
+    seen, heads = attended(run, he)
+    maps = np.concatenate([heads.mean(1, keepdims=True), heads], 1)
     if grid:
         stored = None if slides is None else of_slides(run, tileset, chosen, slides, seen.shape[1])
         pictures = _over_regions(seen, maps, stored)
     else:
         view = view_of(run)
         tiles = [picture(undo_normalise(tile, view), view, view) for tile in seen]
-        pictures = [[t, *(overlay(t, h) for h in _shown(each))] for t, each in zip(tiles, maps, strict=True)]
+        pictures = [[t, *(overlay(t, h) for h in each)] for t, each in zip(tiles, maps, strict=True)]
     there = seen[..., -1] > 0.5 if grid else np.ones((len(maps), *maps.shape[2:]), bool)
     captions = [
-        [f"even: {1 / max(t.sum(), 1):.2%}", *(f"up to {h.max():.2%}" for h in _shown(each))]
+        [f"even: {1 / max(t.sum(), 1):.2%}", *(f"up to {h.max():.2%}" for h in each)]
         for t, each in zip(there, maps, strict=True)
     ]
-    columns = ["as seen" if slides is None else "H&E", "mean", *(f"head {n + 1}" for n in range(maps.shape[1]))]
+    columns = ["as seen" if slides is None else "H&E", "mean", *(f"head {n + 1}" for n in range(heads.shape[1]))]
     save_picture(path, sheet(pictures, columns=columns, captions=captions, side=REGION_SIDE if grid else SIDE))
     return Path(path)
 
@@ -85,10 +86,6 @@ def attended(run: Trained, he: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(seen), np.asarray(maps)
 
 
-def _shown(maps: np.ndarray) -> list[np.ndarray]:
-    return [maps.mean(0), *maps]
-
-
 def _over_regions(seen: np.ndarray, maps: np.ndarray, stored: list[np.ndarray] | None) -> list[list[np.ndarray]]:
     """Rows of pictures; `stored` are the regions as H&E."""
     if stored is None:
@@ -97,7 +94,7 @@ def _over_regions(seen: np.ndarray, maps: np.ndarray, stored: list[np.ndarray] |
     rows = []
     for number, (grid, each) in enumerate(zip(seen, maps, strict=True)):
         he, there = None if stored is None else stored[number], grid[..., -1] > 0.5
-        rows.append([first[number] if he is None else he, *(_cells(heat, there, he) for heat in _shown(each))])
+        rows.append([first[number] if he is None else he, *(_cells(heat, there, he) for heat in each)])
     return rows
 
 

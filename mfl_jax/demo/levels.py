@@ -27,6 +27,7 @@ from mfl_jax.demo import keep_programs
 from mfl_jax.demo.arms import Arm, Size, spec
 from mfl_jax.demo.evidence import Work, command, draw, packed, tell
 from mfl_jax.evaluators import composition
+from mfl_jax.evaluators.embed import columns_of
 from mfl_jax.evaluators.slide_study import SlideArm, Study, key
 from mfl_jax.report import tables
 from mfl_jax.statistics import Difference
@@ -122,7 +123,8 @@ def features(work: Work, runs: Mapping[str, Path]) -> dict[str, Path]:
 def told_features(work: Work) -> Path:
     """As `features`, of no encoder: the kind of every tile by the phantom's own map, one of K."""
     tileset, folder = TileSet.open(work.out / "set"), work.out / "features" / TOLD
-    kinds = composition.embedded(_columns(tileset), np.arange(len(tileset)), "mixture").features["he"]
+    ids = np.arange(len(tileset))
+    kinds = composition.embedded(columns_of(tileset, ids), ids, "mixture").features["he"]
     store_features(folder, "kinds", tileset, kinds)
     return folder
 
@@ -183,19 +185,13 @@ def truth_arms(work: Work, table: Table) -> list[SlideArm]:
     """What is written on the slides: the mixture of kinds of tile, how many tiles hold several, and which kinds lie
     beside which."""
     tileset = TileSet.open(work.out / "set")
-    columns = _columns(tileset)
     ids, found = np.arange(len(tileset)), []
+    columns = columns_of(tileset, ids)
     for way, beside in TRUTH.items():
         bags = slide_arms.bags_of(composition.embedded(columns, ids, way), "he", table, tileset.root)
         told: dict[str, Any] = {"kind": "ceiling", "what": f"{KIND}{beside}", "skip": ("hipt",)}
         found.append(SlideArm(way, (bags,), (), f"Truth: {way}", **told))
     return found
-
-
-def _columns(tileset: TileSet) -> dict[str, np.ndarray]:
-    columns: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in tileset.tiles.items()}
-    names = {"slide": np.array(tileset.slides), "case": np.array(tileset.cases)}
-    return columns | {name: of[columns[name]] for name, of in names.items()}
 
 
 def colour_arm(work: Work, table: Table) -> SlideArm:
@@ -284,12 +280,13 @@ def compared(study: Study, way: str, share: float, first: str, second: str) -> s
     found = {(name, d.first, d.second): d for name, d in study.differences}
     d = found.get((key(way, share, "auc"), first, second))
     titles = {arm.name: arm.title for arm in study.arms}
-    values = [study.scored[name, way, share].metrics.get("auc") for name in (first, second)]
-    told = ", ".join(
-        f"{titles[name]} {tables.figure(v.value if v else None)}"
-        for name, v in zip((first, second), values, strict=True)
-    )
+    told = ", ".join(f"{titles[name]} {_auc(study, name, way, share)}" for name in (first, second))
     return f"{told}: {_verdict(d)}" if d else told
+
+
+def _auc(study: Study, name: str, way: str, share: float) -> str:
+    found = study.scored[name, way, share].metrics.get("auc")
+    return tables.figure(found.value if found else None)
 
 
 def _verdict(d: Difference) -> str:
@@ -304,8 +301,7 @@ def written(study: Study) -> str:
     share = max(study.draws)
     told = []
     for way, title in (("knn", "nearest neighbours"), ("linear", "a linear classifier")):
-        values = {name: study.scored[name, way, share].metrics.get("auc") for name in TRUTH}
-        each = (f"{tables.figure(v.value if v else None)} from the {name}" for name, v in values.items())
+        each = (f"{_auc(study, name, way, share)} from the {name}" for name in TRUTH)
         told.append(f"{title} {', '.join(each)}")
     return f"What is written on the slides (AUC by the phantom's own map of kinds of tile): {'; '.join(told)}."
 
@@ -322,9 +318,8 @@ def answer(study: Study, fallen: Sequence[str] = ()) -> str:
             f"{titles[first]} is clearly above {titles[second]} in {up} of {len(found)} figures, below in {down}"
         )
     warning = f" {len(fallen)} runs collapsed in training: their figures say nothing of their method." if fallen else ""
-    arms = list(dict.fromkeys(name for pair in CLAIM for name in pair))
-    values = {name: study.scored[name, "knn", 1.0].metrics.get("auc") for name in arms}
-    each = (f"{titles[name]} {tables.figure(v.value if v else None)}" for name, v in values.items())
+    arms = dict.fromkeys(name for pair in CLAIM for name in pair)
+    each = (f"{titles[name]} {_auc(study, name, 'knn', 1.0)}" for name in arms)
     return f"{'; '.join(told)}.{warning} AUC of nearest neighbours with all labels: {', '.join(each)}."
 
 

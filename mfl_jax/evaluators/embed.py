@@ -138,9 +138,14 @@ def embed_set(
     expected = tileset.ids(split)
     if not np.array_equal(found.ids, expected):
         raise ValueError(f"{len(found)} of {len(expected)} tiles were embedded; verify the tile set")
-    columns: dict[str, np.ndarray] = {name: np.asarray(v[found.ids]) for name, v in tileset.tiles.items()}
-    columns |= {"slide": np.array(tileset.slides)[columns["slide"]], "case": np.array(tileset.cases)[columns["case"]]}
-    return replace(found, columns=columns)
+    return replace(found, columns=columns_of(tileset, found.ids))
+
+
+def columns_of(tileset: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """All columns of these tiles; slide and case as names."""
+    columns = {name: np.asarray(values[ids]) for name, values in tileset.tiles.items()}
+    names = {"slide": np.array(tileset.slides), "case": np.array(tileset.cases)}
+    return columns | {name: of[columns[name]] for name, of in names.items()}
 
 
 def _by_id(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
