@@ -20,11 +20,15 @@ class Neighbours:
             raise ValueError(f"a distance in um is finite and positive, from low to high; it is {low_um} to {high_um}")
         if missing := {"x", "y", "mpp"} - set(tileset.tiles):
             raise ValueError(f"near and far tiles need the columns x, y and mpp; the tile set has no {sorted(missing)}")
+        self._made_of = (tileset, high_um, low_um)
         self._x, self._y, self._mpp = (tileset.tiles[k] for k in ("x", "y", "mpp"))
         self._first_row = np.asarray(tileset.first_row)
         self._low = low_um + SLACK_UM if low_um else 0.0
         self._high = high_um + SLACK_UM
         self._top_down = np.zeros(len(self._first_row) - 1, np.int8)  # 0 not yet known, 1 yes, 2 no
+
+    def __reduce__(self) -> tuple:
+        return Neighbours, self._made_of
 
     def of(self, tile: int) -> np.ndarray:
         """Ids within reach, ascending, without the tile itself."""

@@ -114,7 +114,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     theirs, ours = context.Pipe(duplex=False)
     # max_tasks_per_child of ProcessPoolExecutor is known to deadlock
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_live_with, initargs=(theirs,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with, initargs=(theirs,))
     try:
         yield pool
         pool.shutdown(wait=True)
@@ -129,7 +129,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
                 os.environ[name] = value
 
 
-def _live_with(pipe: Connection) -> None:
+def end_with(pipe: Connection) -> None:
     """End this process as soon as the other end of `pipe` closes. Ctrl-C is the business of the process that has it."""
 
     def watch() -> None:

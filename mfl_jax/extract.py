@@ -1,16 +1,16 @@
 """`mfl extract`: slides or tile sets through an encoder, one file of features a slide.
 
-Three things happen at once: threads read and decode tiles, in order and a bounded number ahead; this thread fills
-batches, which tiles of many slides share, and writes what has come back; another one keeps the device busy. A slide
-that fails is named and stops no other. What holds a slide's features is a function of the encoder, the tiles and the
-parameters, by whose hash a rerun knows what is left to do.
+Three things happen at once: threads, or processes where there are many cores, read and decode tiles into batches, which
+tiles of many slides share, in order and a bounded number ahead; the device is kept busy; what has come back is written.
+A slide that fails is named and stops no other. What holds a slide's features is a function of the encoder, the tiles
+and the parameters, by whose hash a rerun knows what is left to do.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,17 +23,18 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from input_pipeline.crew import FEW, Crew, Shelf
 from input_pipeline.files import only_one
 from input_pipeline.ledger import Ledger
 from input_pipeline.pool import available_cores
 from input_pipeline.tile import Report, write_status_table
 from mfl_jax import sharding, store
 from mfl_jax.encoder import Encoder
-from mfl_jax.slides import Entry, Source, Tiles
+from mfl_jax.slides import Entry, SlidesApart, Source, Tiles
 from mfl_jax.store import Layout
 
-CHUNK = 16  # tiles that a thread reads at a time
-DEPTH = 2  # batches on the device besides the one that is being filled
+PART = 16  # tiles that are read at a time
+DEPTH = 2  # batches on the device besides those that are being filled
 READING = ("read", "decode", "resample")
 
 
@@ -139,6 +140,7 @@ class _Job:
         self.count = self._written = self._unread = 0
         self.mpp: float | str = ""
         self.mpp_source = ""
+        self.spent: Counter[str] = Counter()  # seconds by stage of reading
         self._tiles: Tiles | None = None
         self._features: Any = None
         self._file = contextlib.ExitStack()
@@ -156,29 +158,28 @@ class _Job:
         self._name_state()
         return True
 
-    def begin(self) -> list[range]:
-        """The rows that are to be read, by chunk; none where the slide is empty, or cannot be opened."""
+    def begin(self) -> range:
+        """The rows that are to be read; none where the slide is empty, or cannot be opened."""
         with self.guarded():
             self._tiles = self.entry.open()
             sheet = self._tiles.sheet
             self.count, self.mpp, self.mpp_source = len(sheet.coords), sheet.mpp, sheet.mpp_source
             if self.count:
-                chunks = [range(s, min(s + CHUNK, self.count)) for s in range(0, self.count, CHUNK)]
-                self._unread = len(chunks)
-                return chunks
+                return range(self.count)
             self._tiles.close()
             self._open_file()
             self._close_file()
-        return []
+        return range(0)
 
-    def read(self, rows: range) -> np.ndarray:
+    def read(self, rows: range, out: np.ndarray) -> None:
         """By any thread."""
         assert self._tiles is not None
-        return self._tiles.read(rows.start, rows.stop)
+        self._tiles.read(rows.start, rows.stop, out)
 
-    def was_read(self) -> None:
-        """A chunk has come, well or not: after the last one nobody reads from the slide any more."""
-        self._unread -= 1
+    def asked(self, count: int) -> None:
+        """So many parts more are to be read (-1: one has been, well or not). After the last one nobody reads from the
+        slide any more."""
+        self._unread += count
         if not self._unread and self._tiles is not None:
             self._tiles.close()
             self._release()
@@ -243,8 +244,9 @@ class _Job:
         self._file.__exit__(InterruptedError, error, None)
 
     @property
-    def timings(self) -> dict[str, float]:
-        return {} if self._tiles is None else dict(self._tiles.timings)
+    def timings(self) -> Counter[str]:
+        """Of this process, and of those that read for it."""
+        return self.spent + Counter({} if self._tiles is None else self._tiles.timings)
 
     def set_aside(self) -> None:
         """A file of other parameters or pixels must not pass for today's: it stays, under a name that no one reads."""
@@ -262,105 +264,155 @@ class _Job:
 
 @dataclass
 class _Batch:
+    place: int
     images: np.ndarray
     spans: list[tuple[_Job, int, int, int]] = field(default_factory=list)  # slide, its first row, ours, how many
     filled: int = 0
+    unread: int = 0  # parts
+    full: bool = False  # no further part will be asked for
+
+
+class _Device:
+    """Puts batches on the device and computes there, and brings the features back: two threads, so that the device has
+    the next batch when it is done with one. While it compiles, the first tiles are read."""
+
+    def __init__(self, encoder: Encoder, layout: tuple[tuple[int, ...], str], mesh: Mesh):
+        self._params, self._mesh = encoder.params, mesh
+        self._there, self._back = ThreadPoolExecutor(1, "mfl-device"), ThreadPoolExecutor(1, "mfl-features")
+        self._program = self._there.submit(_compiled, encoder, layout, mesh)
+        self._idle = perf_counter()
+        self.ready = 0.0  # when it had compiled
+
+    def submit(self, made: _Batch) -> Future:
+        """Of the features, and of the seconds it took by stage."""
+        return self._back.submit(self._fetch, self._there.submit(self._compute, made))
+
+    def _compute(self, made: _Batch) -> tuple[jax.Array, float, float]:
+        compiled = self._program.result()
+        begin = perf_counter()
+        self.ready = self.ready or begin
+        given = {"he": made.images, "mask": np.arange(len(made.images)) < made.filled}
+        placed = jax.block_until_ready(sharding.put(given, self._mesh))
+        moved = perf_counter()
+        return compiled(self._params, placed["he"], placed["mask"]), moved, moved - begin
+
+    def _fetch(self, computed: Future) -> tuple[np.ndarray, dict[str, float]]:
+        features, began, moving = computed.result()
+        found = np.asarray(features, np.float32)
+        began, self._idle = max(began, self._idle), perf_counter()  # a batch waits for the one before
+        return found, {"host to device": moving, "compute": self._idle - began}
+
+    def close(self) -> None:
+        for threads in (self._there, self._back):
+            threads.shutdown(wait=True, cancel_futures=True)
 
 
 def _run(
     work: Sequence[_Job], encoder: Encoder, source: Source, batch: int, workers: int, mesh: Mesh, ledger: Ledger
 ) -> None:
     rows = sharding.rows_for(batch, mesh)
-    compiled = _compiled(encoder, source.empty(rows), mesh)
-    start, flying = perf_counter(), deque[tuple[_Batch, Future]]()
-    device = ThreadPoolExecutor(1, "mfl-device")
-
-    def compute(placed: dict[str, Any]) -> tuple[np.ndarray, float]:
-        begin = perf_counter()
-        found = np.asarray(compiled(encoder.params, placed["he"], placed["mask"]), np.float32)
-        return found, perf_counter() - begin
+    layout, flying = source.layout(rows), deque[tuple[_Batch, Future]]()
+    ahead = workers + -(-rows // PART)  # parts; in batches:
+    shelf = Shelf({"he": layout}, -(-ahead * PART // rows) + 2 + DEPTH + 1, shared=workers > FEW)
+    crew = Crew(SlidesApart([job.entry.open for job in work]), shelf) if workers > FEW else None
+    device, start = _Device(encoder, layout, mesh), perf_counter()
 
     def land() -> None:
         made, future = flying.popleft()
         features, spent = future.result()
-        ledger.seconds.update({"compute": spent})
         begin = perf_counter()
         for job, first, row, count in made.spans:
             job.put(first, features[row : row + count])
-        ledger.seconds.update({"write": perf_counter() - begin})
+        shelf.give_back(made.place)
+        ledger.seconds.update(spent | {"write": perf_counter() - begin})
 
     try:
-        with contextlib.closing(_batches(work, source, rows, workers)) as batches:
+        with contextlib.closing(_batches(work, shelf, rows, workers, ahead, crew)) as batches:
             for made in batches:
-                begin = perf_counter()
-                given = {"he": made.images, "mask": np.arange(rows) < made.filled}
-                placed = jax.block_until_ready(sharding.put(given, mesh))
-                ledger.seconds.update({"host to device": perf_counter() - begin})
-                flying.append((made, device.submit(compute, placed)))
+                flying.append((made, device.submit(made)))
                 while len(flying) > DEPTH or (flying and flying[0][1].done()):
                     land()
         while flying:
             land()
     finally:
-        device.shutdown(wait=True, cancel_futures=True)
+        device.close()
+        if crew is not None:
+            crew.close()
         for job in work:
             job.abandon()
-        ledger.wall = perf_counter() - start
+        ledger.wall = perf_counter() - (device.ready or start)
 
 
-def _compiled(encoder: Encoder, like: np.ndarray, mesh: Mesh) -> Callable[..., jax.Array]:
+def _compiled(encoder: Encoder, layout: tuple[tuple[int, ...], str], mesh: Mesh) -> Callable[..., jax.Array]:
+    shape, dtype = layout
     places = sharding.batch_sharding(mesh)
-    images = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=places)
-    mask = jax.ShapeDtypeStruct((len(like),), np.bool_, sharding=places)
+    images = jax.ShapeDtypeStruct(shape, dtype, sharding=places)
+    mask = jax.ShapeDtypeStruct(shape[:1], np.bool_, sharding=places)
     return jax.jit(encoder.apply).lower(encoder.params, images, mask).compile()
 
 
-def _batches(work: Sequence[_Job], source: Source, rows: int, workers: int) -> Generator[_Batch, None, None]:
-    """Full batches, but for the last. An array is filled once: the device may still read from it."""
-    made = None
-    with contextlib.closing(_chunks(work, workers, rows)) as chunks:
-        for job, taken, pixels in chunks:
-            done = 0
-            while done < len(taken):
-                made = made or _Batch(source.empty(rows))
-                count = min(rows - made.filled, len(taken) - done)
-                made.images[made.filled : made.filled + count] = pixels[done : done + count]
-                made.spans.append((job, taken.start + done, made.filled, count))
-                made.filled, done = made.filled + count, done + count
-                if made.filled == rows:
-                    yield made
-                    made = None
-    if made is not None:
-        yield made
+def _batches(
+    work: Sequence[_Job], shelf: Shelf, rows: int, workers: int, ahead: int, crew: Crew | None
+) -> Generator[_Batch, None, None]:
+    """Full batches, but for the last. Their places on the shelf are the consumer's to give back. At most `ahead` parts
+    are read and not yet waited for, which bounds the slides that are open as well."""
+    pending: deque[tuple[_Job, _Batch, Future]] = deque()
+    into: _Batch | None = None
 
+    def read(number: int, part: range, into: _Batch, row: int) -> dict[str, float]:
+        if crew is not None:
+            return crew.do(into.place, number, part.start, part.stop, row)
+        work[number].read(part, into.images[row : row + len(part)])
+        return {}
 
-def _chunks(work: Sequence[_Job], workers: int, rows: int) -> Generator[tuple[_Job, range, np.ndarray], None, None]:
-    """Tiles in order, read by threads; read and not yet asked for are at most a batch and what is in hand."""
-    ahead = workers + -(-rows // CHUNK)
-    pending: deque[tuple[_Job, range, Future]] = deque()
-
-    def take() -> Iterator[tuple[_Job, range, np.ndarray]]:
-        job, taken, future = pending.popleft()
-        pixels = None
+    def take() -> Iterator[_Batch]:
+        job, into, future = pending.popleft()
         try:
             if not (job.over and future.cancel()):
                 with job.guarded():
-                    pixels = future.result()
+                    job.spent.update(future.result())
         finally:
-            job.was_read()
-        if pixels is not None and not job.over:
-            yield job, taken, pixels
+            job.asked(-1)
+        into.unread -= 1
+        if into.full and not into.unread:
+            yield into
 
-    with ThreadPoolExecutor(workers, "mfl-reader") as pool:
+    with ThreadPoolExecutor(workers, "mfl-reader") as pool, contextlib.closing(_parts(work, shelf, rows)) as parts:
         try:
-            for job in work:
-                for part in job.begin():
-                    pending.append((job, part, pool.submit(job.read, part)))
-                    while len(pending) >= ahead:
-                        yield from take()
+            for number, part, into, row in parts:
+                pending.append((work[number], into, pool.submit(read, number, part, into, row)))
+                while len(pending) >= ahead:
+                    yield from take()
+            if into is not None and into.filled < rows and not into.unread:
+                yield into  # all that it holds had come before it was known to be the last
             while pending:
                 yield from take()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             for job, _, _ in pending:
-                job.was_read()
+                job.asked(-1)
+
+
+def _parts(work: Sequence[_Job], shelf: Shelf, rows: int) -> Generator[tuple[int, range, _Batch, int], None, None]:
+    """Which tiles of which slide go into which batch, and from which row on."""
+    into: _Batch | None = None
+    for number, job in enumerate(work):
+        left = job.begin()
+        job.asked(1)  # as long as not every part is asked for
+        try:
+            while left and not job.over:
+                if into is None or into.full:
+                    place = shelf.take()
+                    into = _Batch(place, shelf.arrays(place)["he"])
+                row = into.filled
+                part = left[: min(PART, rows - row)]
+                left = left[len(part) :]
+                job.asked(1)
+                into.spans.append((job, part.start, row, len(part)))
+                into.filled, into.unread = row + len(part), into.unread + 1
+                into.full = into.filled == rows
+                yield number, part, into, row
+        finally:
+            job.asked(-1)
+    if into is not None:
+        into.full = True

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from input_pipeline.tileset import TileSet
 from input_pipeline.tileset.spec import decode_payload
 from mfl_jax.store import Sheet
 
+OPEN = 4  # slides, by a process that reads
 case_of = cohort.case_of
 
 
@@ -27,7 +29,7 @@ class Tiles(Protocol):
 
     sheet: Sheet
 
-    def read(self, start: int, stop: int) -> np.ndarray: ...  # as Source.empty(stop - start)
+    def read(self, start: int, stop: int, out: np.ndarray) -> None: ...  # out: as Source.layout(stop - start)
     @property
     def timings(self) -> Mapping[str, float]: ...
     def close(self) -> None: ...
@@ -35,7 +37,7 @@ class Tiles(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """A slide; `signature` changes when its tiles do, and `fault` says why there are none."""
+    """A slide; `signature` changes when its tiles do, and `fault` says why there are none. `open` can be pickled."""
 
     slide_id: str
     case_id: str
@@ -54,10 +56,9 @@ class Source:
     kind: str = "image"  # or 'grid': regions of tile features
     channels: int = 3
 
-    def empty(self, rows: int) -> np.ndarray:
-        """To be filled with tiles, or regions."""
-        dtype = np.uint8 if self.kind == "image" else np.float16
-        return np.zeros((rows, self.size, self.size, self.channels), dtype)
+    def layout(self, rows: int) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of an array of tiles, or of regions."""
+        return (rows, self.size, self.size, self.channels), "uint8" if self.kind == "image" else "float16"
 
 
 def kind_of(path: Path) -> str:
@@ -137,12 +138,10 @@ class _Slide:
             (self._slide.width, self._slide.height),
         )
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
         size, mpp = self._params.size, self._params.mpp
-        out = np.empty((stop - start, size, size, 3), np.uint8)
         for row, (x, y) in zip(out, self.sheet.coords[start:stop].tolist(), strict=True):
             row[:] = self._slide.read_region(x, y, size, size, mpp)
-        return out
 
     @property
     def timings(self) -> Mapping[str, float]:
@@ -194,8 +193,7 @@ class _Packed:
         overlap = _overlap(tileset)
         self.sheet = Sheet(about["slide"], about["case"], coords, mpp, source, size, scale, overlap, extent)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, *self._spec.he_shape), self._spec.he_dtype)
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
         begin = time.perf_counter()
         examples = self._tileset.read(range(self._first + start, self._first + stop))
         between = time.perf_counter()
@@ -206,7 +204,6 @@ class _Packed:
             except ValueError as error:
                 raise ValueError(f"{example.file}, tile {example.id}: {error}") from error
         self._clock.add("decode", time.perf_counter() - between)
-        return out
 
     @property
     def timings(self) -> Mapping[str, float]:
@@ -214,3 +211,24 @@ class _Packed:
 
     def close(self) -> None:
         """The tile set itself is shared by its slides."""
+
+
+# --- in other processes
+
+
+class SlidesApart:
+    """What a process of the crew does: it opens the slides that it reads from, and keeps the last few open."""
+
+    def __init__(self, entries: Sequence[Callable[[], Tiles]]):
+        self._entries = entries
+        self._open: OrderedDict[int, Tiles] = OrderedDict()
+
+    def __call__(self, arrays: dict[str, np.ndarray], slide: int, start: int, stop: int, row: int) -> dict[str, float]:
+        """The seconds it took, by stage."""
+        tiles = self._open.pop(slide, None) or self._entries[slide]()
+        self._open[slide] = tiles
+        if len(self._open) > OPEN:
+            self._open.popitem(last=False)[1].close()
+        before = Counter(tiles.timings)
+        tiles.read(start, stop, arrays["he"][row : row + stop - start])
+        return dict(Counter(tiles.timings) - before)

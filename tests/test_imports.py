@@ -62,3 +62,9 @@ def test_the_command_line_starts_without_heavy_imports():
     code = "import sys, mfl_jax.cli; print(sorted({'jax', 'tensorflow', 'scipy', 'SimpleITK'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_process_that_reads_tiles_starts_without_jax():
+    code = "import sys, input_pipeline.crew, input_pipeline.stream, mfl_jax.slides; print('jax' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "False"

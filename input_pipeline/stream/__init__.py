@@ -20,16 +20,18 @@ from typing import Any
 import numpy as np
 
 from input_pipeline import order
+from input_pipeline.crew import Crew, Shelf
 from input_pipeline.neighbours import Neighbours
 from input_pipeline.pool import available_cores
 from input_pipeline.stream import executors
-from input_pipeline.stream.fetching import BAD, Plan, fetch, new_batch
+from input_pipeline.stream.fetching import BAD, Plan, fetch, fetch_apart, layout
 from input_pipeline.stream.watchdog import Watchdog
 from input_pipeline.tileset import TileSet
 
 CHUNK = 16  # rows; small, so that memory and the time to the first batch stay small
 BAD_SHARE = 0.001
 OF_SLIDES = ("case", "slide")
+LENT = 3  # batches that a consumer may keep before it is given copies
 BAD_ALLOWED = 10  # bad tiles that are tolerated however few examples were seen
 ENDLESS = 1 << 62
 Batch = dict[str, np.ndarray]
@@ -190,12 +192,15 @@ class Stream:
         self.bad_count = 0
         self.seen = 0
         self.overridden: tuple[str, ...] = ()
-        self._watchdog = Watchdog(stall_timeout, "the stream") if stall_timeout is not None else None
         last = ENDLESS if self.steps is None else self.steps * plan.chunks
-        self._batches = _Batches(plan)
-        run = executors.threads if self.executor == "threads" else executors.tfdata
         first, ahead = start_step * plan.chunks, prefetch * plan.chunks
-        self._done = run(self._batches.write, first, last, workers=workers, ahead=ahead)
+        self._batches = _Batches(plan, -(-(workers + ahead) // plan.chunks) + 2, self.executor == "processes")
+        self._watchdog = None
+        if stall_timeout is not None:
+            self._watchdog = Watchdog(stall_timeout, "the stream", self._batches.dump)
+        run = executors.tfdata if self.executor == "tfdata" else executors.threads
+        done = run(self._batches.write, first, last, workers=workers, ahead=ahead)
+        self._done = self._batches.closed_after(done)
         self._close = weakref.finalize(self, _close, self._done, self._watchdog)
 
     def __iter__(self) -> "Stream":
@@ -250,23 +255,42 @@ class Stream:
 
 
 class _Batches:
-    """Batches that workers are writing, by step; the executor's window bounds how many there are."""
+    """Batches that workers are writing, by step; the executor's window bounds how many there are. Their memory is used
+    again: to touch new memory for every batch takes a tenth of the time that a stream has for it."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, window: int, apart: bool):
         self._plan, self._lock = plan, threading.Lock()
-        self._batches: dict[int, Batch] = {}
+        self._shelf = Shelf(layout(plan), window + LENT, shared=apart, lent=LENT)
+        self._crew = Crew(partial(fetch_apart, plan), self._shelf) if apart else None
+        self._places: dict[int, int] = {}
 
     def write(self, number: int) -> None:
         step = number // self._plan.chunks
         with self._lock:
-            if step not in self._batches:
-                self._batches[step] = new_batch(self._plan)
-            batch = self._batches[step]
-        fetch(self._plan, number, batch)
+            if step not in self._places:
+                self._places[step] = self._shelf.take()
+            place = self._places[step]
+        if self._crew is None:
+            fetch(self._plan, number, self._shelf.arrays(place))
+        else:
+            self._plan.reasons.update(self._crew.do(place, number))
 
     def pop(self, step: int) -> Batch:
         with self._lock:
-            return self._batches.pop(step)
+            place = self._places.pop(step)
+        return self._shelf.lend(place)
+
+    def dump(self) -> None:
+        if self._crew is not None:
+            self._crew.dump()
+
+    def closed_after(self, done: executors.Done) -> executors.Done:
+        """The same, and the processes end with it."""
+        try:
+            yield from done
+        finally:
+            if self._crew is not None:
+                self._crew.close()
 
 
 def _close(done: executors.Done, watchdog: Watchdog | None) -> None:

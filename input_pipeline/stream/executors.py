@@ -1,6 +1,6 @@
 """Do numbered pieces of work in parallel and ahead of the consumer, and say in order which are done.
 
-Two executors do the same thing: tf.data, and Python threads where workers are few or there is no tensorflow. Both are
+Three executors do the same thing: Python threads; processes, for each of which a thread waits; and tf.data. All are
 generators: closing one stops its workers and waits for what they have in hand.
 """
 
@@ -14,20 +14,21 @@ from concurrent.futures import Future
 from importlib import util
 from queue import SimpleQueue
 
+from input_pipeline.crew import FEW
+
 Work = Callable[[int], None]
 Done = Generator[int, None, None]
-FEW = 4
+NAMES = ("auto", "threads", "processes", "tfdata")
 
 
 def choose(executor: str, workers: int) -> str:
-    """'auto' is tf.data where tensorflow is installed and there are more than FEW workers: two are as fast in
-    either (bench_stream.py), and importing it takes three seconds of every run."""
-    if executor not in ("auto", "tfdata", "threads"):
-        raise ValueError(f"executor is 'auto', 'tfdata' or 'threads', not {executor!r}")
-    found = util.find_spec("tensorflow") is not None
-    if executor == "tfdata" and not found:
-        raise ValueError("executor 'tfdata' needs tensorflow: pip install tensorflow-cpu, or use executor='threads'")
-    return ("tfdata" if found and workers > FEW else "threads") if executor == "auto" else executor
+    """'auto' is threads where workers are few, and processes where they are many: threads, and tf.data just as well,
+    are held up there by the interpreter, which only one of them has at a time (bench_stream.py)."""
+    if executor not in NAMES:
+        raise ValueError(f"executor is one of {', '.join(map(repr, NAMES))}, not {executor!r}")
+    if executor == "tfdata" and util.find_spec("tensorflow") is None:
+        raise ValueError("executor 'tfdata' needs tensorflow: pip install tensorflow-cpu, or use executor='auto'")
+    return ("processes" if workers > FEW else "threads") if executor == "auto" else executor
 
 
 def threads(work: Work, first: int, stop: int, *, workers: int, ahead: int) -> Done:

@@ -61,8 +61,8 @@ class Plan:
         return self.rows // self.chunk
 
 
-def new_batch(plan: Plan) -> dict[str, np.ndarray]:
-    """The arrays of one batch of this host, to be written by `fetch`."""
+def layout(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of the arrays of one batch of this host, which `fetch` writes."""
     n, spec = plan.rows, plan.spec
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"he": (spec.he_shape, spec.he_dtype)}
     for partner in spec.partners:
@@ -72,7 +72,7 @@ def new_batch(plan: Plan) -> dict[str, np.ndarray]:
     shapes |= {name: ((), dtype) for name, dtype in _CODES.items()}
     shapes |= {name: ((), plan.tileset.tiles[name].dtype) for name in plan.columns}
     shapes |= {"mask": ((), np.bool_), BAD: ((3,), np.int64)}
-    return {name: np.empty((n, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+    return {name: ((n, *shape), np.dtype(dtype).str) for name, (shape, dtype) in shapes.items()}
 
 
 def fetch(plan: Plan, number: int, batch: dict[str, np.ndarray]) -> None:
@@ -99,6 +99,12 @@ def fetch(plan: Plan, number: int, batch: dict[str, np.ndarray]) -> None:
         out[name][here] = plan.tileset.tiles[name][ids[here]]
     for name in plan.beside:
         _fill_beside(plan, name, out, here, position[here])
+
+
+def fetch_apart(plan: Plan, batch: dict[str, np.ndarray], number: int) -> dict[int, str]:
+    """`fetch` as a process of a crew does it: it says what was wrong with the bad tiles that it has met."""
+    fetch(plan, number, batch)
+    return dict(plan.reasons)
 
 
 def _write(plan: Plan, out: dict[str, np.ndarray], row: int, images: Mapping[str, np.ndarray | None]) -> None:

@@ -4,7 +4,9 @@ import faulthandler
 import os
 import sys
 import threading
+import time
 import weakref
+from collections.abc import Callable
 
 EXIT_CODE = 70
 _TICKS = 20
@@ -16,8 +18,9 @@ class Watchdog:
     Time is counted in ticks of its own thread, so a process that was suspended is not blamed for the time it slept.
     """
 
-    def __init__(self, timeout: float, what: str):
-        self._state = _State(timeout, what)
+    def __init__(self, timeout: float, what: str, before: Callable[[], None] = lambda: None):
+        """`before` lets other processes say what they were doing."""
+        self._state = _State(timeout, what, before)
         thread = threading.Thread(target=_watch, args=(self._state,), name="mfl-watchdog", daemon=True)
         weakref.finalize(self, self._state.stopped.set)
         thread.start()
@@ -34,10 +37,10 @@ class Watchdog:
 
 
 class _State:
-    def __init__(self, timeout: float, what: str):
+    def __init__(self, timeout: float, what: str, before: Callable[[], None]):
         if not timeout > 0:
             raise ValueError(f"stall_timeout is a positive number of seconds, or None for no limit; it is {timeout}")
-        self.timeout, self.what = timeout, what
+        self.timeout, self.what, self.before = timeout, what, before
         self.ticks, self.waiting, self.stopped = 0, False, threading.Event()
 
 
@@ -55,6 +58,8 @@ def _end(state: _State) -> None:
     )
     try:
         os.write(2, message.encode())
+        state.before()
+        time.sleep(0.2)  # for the others' words
         faulthandler.dump_traceback(file=2, all_threads=True)
         sys.stdout.flush()
     finally:

@@ -88,6 +88,10 @@ class TileSet:
                 raise TileSetError(f"{root / name} does not have the {document['tiles']} rows of the manifest")
         return TileSet(root, document, index, tiles)
 
+    def __reduce__(self) -> tuple:
+        """To another process goes the folder, not what is in it."""
+        return _open_same, (self.root.absolute(), self.hash)
+
     def __len__(self) -> int:
         return self.manifest["tiles"]
 
@@ -163,3 +167,10 @@ class TileSet:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _open_same(root: Path, digest: str) -> TileSet:
+    found = TileSet.open(root)
+    if found.hash != digest:
+        raise TileSetError(f"{root} was written anew while it was in use: start again")
+    return found

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import threading
 import time
+from importlib import util
 from pathlib import Path
 
 import imagecodecs
@@ -120,8 +121,10 @@ def main() -> None:
         rows = {
             "bare decode loop": lambda: bare(root, tiles),
             "stream, threads": lambda: ours(tileset, "threads", tiles),
-            "stream, tf.data": lambda: ours(tileset, "tfdata", tiles),
+            "stream, processes": lambda: ours(tileset, "processes", tiles),
         }
+        if util.find_spec("tensorflow"):
+            rows["stream, tf.data"] = lambda: ours(tileset, "tfdata", tiles)
         try:
             import torch  # noqa: F401
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB, CHANNELS = 2**30, {"he": 3, "if": 4}
-FULL = {"px": 224, "stored": 256, "widths": (8192, 8192, 8192), "calls": 5, "tiles": 16_384}
+FULL = {"px": 224, "stored": 256, "widths": (8192, 8192, 8192), "calls": 5, "tiles": 49_152}
 TINY = {"px": 32, "stored": 40, "widths": (16, 16), "calls": 1, "tiles": 64}
 RESNETS = {"resnet26": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 VITS = {"vit_ti16": (192, 12, 3), "vit_s16": (384, 12, 6), "vit_b16": (768, 12, 12)}  # features, blocks, heads

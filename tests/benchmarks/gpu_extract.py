@@ -30,7 +30,7 @@ def phases(job: Job, sizes: Row) -> Phases:
         yield None
         at("compiling")
         start = time.perf_counter()
-        compiled = extract._compiled(made, source.empty(job.size), mesh)
+        compiled = extract._compiled(made, source.layout(job.size), mesh)
         row: Row = {"compile_s": time.perf_counter() - start}
         yield None
         at("measuring the forward pass")

@@ -51,12 +51,12 @@ class Drawn:
             self.opened["now"] = self.opened.get("now", 0) + 1
             self.opened["most"] = max(self.opened.get("most", 0), self.opened["now"])
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int, out: np.ndarray) -> None:
         assert not self.closed, "read after close"
         for row in range(start, stop):
             if self.spoil is not None:
                 self.spoil(self.name, row)
-        return np.stack([pixels(self.name, row) for row in range(start, stop)])
+        out[:] = np.stack([pixels(self.name, row) for row in range(start, stop)])
 
     @property
     def timings(self) -> dict[str, float]:

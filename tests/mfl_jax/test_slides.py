@@ -2,7 +2,9 @@
 
 import csv
 import os
+import signal
 from dataclasses import replace
+from functools import partial
 
 import h5py
 import jax
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from input_pipeline import cohort, tile
+from input_pipeline.crew import FEW
 from input_pipeline.phantom.files import write_svs
 from input_pipeline.tileset import TileSet
 from input_pipeline.tileset.verify import verify
@@ -59,6 +62,12 @@ def encoder_folder(tmp_path_factory):
     return folder
 
 
+def read(opened, start, stop):
+    out = np.zeros((stop - start, opened.sheet.tile_px, opened.sheet.tile_px, 3), np.uint8)
+    opened.read(start, stop, out)
+    return out
+
+
 def test_tiles_of_slides_are_the_pixels_at_their_coordinates(drawn, tmp_path):
     folder, images = drawn
     rows = slides.read_cohort(folder)
@@ -73,7 +82,7 @@ def test_tiles_of_slides_are_the_pixels_at_their_coordinates(drawn, tmp_path):
     coords = opened.sheet.coords
     assert (opened.sheet.extent, opened.sheet.mpp, opened.sheet.side) == ((640, 512), 0.5, SIDE)
     assert len(coords) > 100
-    for (x, y), pixels in zip(coords[3:8], opened.read(3, 8), strict=True):
+    for (x, y), pixels in zip(coords[3:8], read(opened, 3, 8), strict=True):
         np.testing.assert_array_equal(pixels, images["a"][y : y + SIDE, x : x + SIDE])
     assert set(opened.timings) >= {"read", "decode"}
     opened.close()
@@ -92,7 +101,7 @@ def test_tiles_of_a_tile_set_are_its_records(tmp_path):
     assert [(e.slide_id, e.case_id) for e in source.entries] == [("A 1", "case-1"), ("B", "case-2"), ("C", "case-2")]
     opened = source.entries[2].open()
     wanted = [samples.record(seed) for seed in range(7, 11)]
-    for pixels, record in zip(opened.read(1, 4), wanted[1:], strict=True):
+    for pixels, record in zip(read(opened, 1, 4), wanted[1:], strict=True):
         np.testing.assert_array_equal(pixels, record.he)
     np.testing.assert_array_equal(opened.sheet.coords, [(record.x, record.y) for record in wanted])
     assert (opened.sheet.case_id, opened.sheet.mpp, opened.sheet.side) == ("case-2", 0.5, samples.SIZE)
@@ -102,7 +111,7 @@ def test_tiles_of_a_tile_set_are_its_records(tmp_path):
     damaged[len(damaged) // 2] ^= 1
     shard.write_bytes(damaged)
     with pytest.raises(ValueError, match=f"{shard.name}.*run verify"):
-        source.entries[2].open().read(0, 4)
+        read(source.entries[2].open(), 0, 4)
 
 
 def test_slides_are_named_after_their_files(drawn, tmp_path):
@@ -274,3 +283,48 @@ def test_memory_stays_flat_over_200_slides(tmp_path, monkeypatch):
     assert [row["state"] for row in report.rows] == ["done"] * 200
     assert report.rows[0]["tiles"] == 64
     assert np.median(used[-20:]) - np.median(used[40:60]) < 24
+
+
+@pytest.mark.parametrize("of", ["tile set", "tiled"])
+def test_processes_read_what_threads_read(of, drawn, tmp_path):
+    """With a slide that fails half way, and its seconds by stage."""
+    if of == "tile set":
+        source = slides.of_tile_set(samples.write_set(tmp_path / "set"))
+    else:
+        tile.tile_cohort(slides.read_cohort(drawn[0]), tmp_path / "tiled", PARAMS, workers=0, progress=False)
+        source = slides.of_tiled(tmp_path / "tiled")
+    for workers in (2, FEW + 1):
+        made = replace(drawn_slides.encoder(), size=source.size)
+        report = extract(source, made, tmp_path / str(workers), batch=7, workers=workers, progress=False)
+        assert {row["slide_id"] for row in report.failed} == ({"broken"} if of == "tiled" else set())
+        assert report.ledger.seconds["read"] > 0
+        assert report.ledger.seconds["decode"] > 0
+    files = sorted(path.name for path in (tmp_path / "2").glob("*.h5"))
+    assert len(files) == 3
+    for name in files:
+        with h5py.File(tmp_path / "2" / name) as one, h5py.File(tmp_path / str(FEW + 1) / name) as other:
+            np.testing.assert_array_equal(one["features"][:], other["features"][:])
+
+
+def test_a_reader_that_dies_costs_the_slide_it_was_at(tmp_path):
+    source = slides.of_tile_set(samples.write_set(tmp_path / "set"))
+    entries = [replace(e, open=partial(Deadly, e.open)) if e.slide_id == "A 1" else e for e in source.entries]
+    given = replace(source, entries=tuple(entries))
+    made = replace(drawn_slides.encoder(), size=source.size)
+    report = extract(given, made, tmp_path / "out", batch=4, workers=FEW + 1, progress=False)
+    ((name, reason),) = [(row["slide_id"], row["reason"]) for row in report.failed]
+    assert name == "A 1"
+    assert "ended by signal 9 (SIGKILL)" in reason
+    again = extract(source, made, tmp_path / "out", batch=4, workers=1, progress=False)
+    assert (again.kept, again.failed) == (2, [])
+
+
+class Deadly:
+    """A slide that kills the process that reads from it."""
+
+    def __init__(self, start):
+        self.real = start()
+        self.sheet, self.timings, self.close = self.real.sheet, {}, self.real.close
+
+    def read(self, start, stop, out):
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,7 @@ from input_pipeline.neighbours import Neighbours
 from input_pipeline.stream import StreamError, eval_stream, executors, train_stream
 from tests.input_pipeline.stream.fixtures import SLIDES, toy_fixture  # noqa: F401
 
-EXECUTORS = ("threads", "tfdata")
+EXECUTORS = ["threads", "processes", "tfdata"]
 N_TRAIN = 90
 
 
@@ -41,13 +41,12 @@ def assert_true(batch, truth):
         np.testing.assert_array_equal(batch[name], getattr(truth, name)[ids])
 
 
-def test_few_workers_do_not_wait_for_tensorflow(toy, monkeypatch):
+def test_few_workers_are_threads_and_many_are_processes(toy, monkeypatch):
     with train_stream(toy.tileset(), batch=8, seed=3, threads=2) as stream:
         assert stream.executor == "threads"
     assert executors.choose("auto", executors.FEW) == "threads"
-    assert executors.choose("auto", executors.FEW + 1) == "tfdata"
+    assert executors.choose("auto", executors.FEW + 1) == "processes"
     monkeypatch.setattr(executors.util, "find_spec", lambda name: None)
-    assert executors.choose("auto", 64) == "threads"
     with pytest.raises(ValueError, match="needs tensorflow"):
         executors.choose("tfdata", 64)
 

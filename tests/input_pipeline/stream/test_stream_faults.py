@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 
 from input_pipeline import stream as stream_module
 from input_pipeline.order import uniform
-from input_pipeline.stream import StreamError, eval_stream, train_stream
+from input_pipeline.stream import StreamError, eval_stream, fetching, train_stream
 from input_pipeline.stream.watchdog import EXIT_CODE
 from input_pipeline.tileset import TileSet, TileSetError, tfrecord
 from input_pipeline.tileset import writer as tileset_write
+from input_pipeline.tileset.spec import decode_payload
 from tests.input_pipeline.stream.fixtures import SPEC, build, toy_fixture  # noqa: F401
 from tests.input_pipeline.stream.test_stream import EXECUTORS, assert_same, take
 
@@ -165,27 +168,44 @@ def test_a_missing_or_cut_shard_is_named(toy, tmp_path):
 
 
 SCRIPT = """
-import sys, time
+import functools, sys, time
+from pathlib import Path
+import input_pipeline.stream
 from input_pipeline.stream import fetching
 from input_pipeline.stream import train_stream
 from input_pipeline.tileset import TileSet
+from tests.input_pipeline.stream import test_stream_faults as faults
 
-tileset = TileSet.open({root!r})
-real, stalled = fetching.decode_payload, []
-def slow(spec, payload, into=None):
-    time.sleep(1e6 if stalled else 0.002)
-    return real(spec, payload, into)
-fetching.decode_payload = slow
-stream = train_stream(tileset, batch=8, seed=0, executor={executor!r}, threads=4, prefetch=4, stall_timeout={timeout})
+flag = Path({flag!r})
+fetching.decode_payload = functools.partial(faults.slow, flag)
+input_pipeline.stream.fetch_apart = functools.partial(faults.slow_apart, flag)
+options = dict(executor={executor!r}, threads=4, prefetch=4, stall_timeout={timeout})
+stream = train_stream(TileSet.open({root!r}), batch=8, seed=0, **options)
 for _ in range(3):
     next(stream)
 {end}
 """
 
 
-def run(root, executor, end, timeout=300.0):
-    script = SCRIPT.format(root=str(root), executor=executor, end=end, timeout=timeout)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+def slow(flag, spec, payload, into=None):
+    time.sleep(1e6 if flag.exists() else 0.002)
+    return decode_payload(spec, payload, into)
+
+
+def slow_apart(flag, plan, batch, number):
+    """What a process does, which imports the modules as they are."""
+    fetching.decode_payload = partial(slow, flag)
+    return fetching.fetch_apart(plan, batch, number)
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    def run(executor, end, timeout=300.0):
+        flag = str(tmp_path / "stalled")
+        script = SCRIPT.format(root=str(toy.root), flag=flag, executor=executor, end=end, timeout=timeout)
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+    return run
 
 
 ENDINGS = {
@@ -205,29 +225,29 @@ STALLS = {"in a batch": "while True: next(stream)", "at exit": "raise RuntimeErr
 
 
 def by_cost(names, cheap):
-    """Every name with both executors; each import of tensorflow takes seconds, so most of those are slow tests."""
+    """Every name with every executor; each import of tensorflow takes seconds, so most of those are slow tests."""
     dear = [pytest.param("tfdata", n, marks=() if n in cheap else pytest.mark.slow) for n in names]
-    return [pytest.param("threads", n) for n in names] + dear
+    return [pytest.param(executor, n) for executor in ("threads", "processes") for n in names] + dear
 
 
 @pytest.mark.parametrize(("executor", "ending"), by_cost(ENDINGS, ["end of the program", "interrupt inside next"]))
-def test_the_process_ends_with_a_stream_open(toy, executor, ending):
+def test_the_process_ends_with_a_stream_open(run, executor, ending):
     end, code = ENDINGS[ending]
-    done = run(toy.root, executor, end)
+    done = run(executor, end)
     assert done.returncode == code, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(("executor", "waiting"), by_cost(STALLS, ["in a batch"]))
-def test_a_stalled_reader_ends_the_process_with_every_stack(toy, executor, waiting):
-    done = run(toy.root, executor, f"stalled.append(1)\ntime.sleep(.3)\n{STALLS[waiting]}", timeout=1.5)
+def test_a_stalled_reader_ends_the_process_with_every_stack(run, executor, waiting):
+    done = run(executor, f"flag.touch()\ntime.sleep(.3)\n{STALLS[waiting]}", timeout=1.5)
     assert done.returncode == EXIT_CODE, done.stderr[-2000:]
     assert "gave nothing for 1.5 s (stall_timeout)" in done.stderr
     assert "in slow" in done.stderr
     assert "Thread 0x" in done.stderr
 
 
-def test_a_slow_consumer_is_not_a_stalled_reader(toy):
-    done = run(toy.root, "threads", "time.sleep(2); next(stream); print('alive')", timeout=0.5)
+def test_a_slow_consumer_is_not_a_stalled_reader(run):
+    done = run("threads", "time.sleep(2); next(stream); print('alive')", timeout=0.5)
     assert done.stdout.strip() == "alive", done.stderr[-2000:]
     assert done.returncode == 0
 

@@ -1,0 +1,240 @@
+"""Arrays that are used again and again, and processes that fill them.
+
+Of threads that decode, each needs the interpreter for some 30 us a tile, so that more than a few hold each other up. A
+`Crew` gives each a process: the thread says what is to be done, and waits. What the processes fill is memory of all of
+them (a `Shelf`), so that a few words travel and no pixel does.
+"""
+
+import contextlib
+import faulthandler
+import mmap
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from input_pipeline.pool import end_with
+
+Layout = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape and dtype
+Arrays = dict[str, np.ndarray]
+Work = Callable[..., Any]  # work(arrays of a place, *task)
+
+FEW = 4  # workers: as many threads are as fast as processes, and start at once
+ALIGNED = 64
+PATIENCE = 5.0  # seconds for a process to end by itself
+SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+PROGRAM = "import sys; sys.path[:] = {path!r}; from input_pipeline.crew import serve; serve(*map(int, sys.argv[1:]))"
+
+
+class CrewError(RuntimeError):
+    """A process of the crew died."""
+
+
+class _Lent(np.ndarray):
+    """The memory of one place: whatever looks at a part of it holds this, which can be watched."""
+
+
+class Shelf:
+    """Places for sets of arrays of one layout. What is in a place that is taken is what was left there."""
+
+    def __init__(self, layout: Layout, places: int, *, shared: bool = False, file: int | None = None, lent: int = 0):
+        """`shared`: other processes can open it by `file`, its descriptor. `lent`: how many sets may be lent."""
+        self.layout, self.places, self._spare = dict(layout), places, lent
+        self._at, stride = {}, 0
+        for name, (shape, dtype) in layout.items():
+            self._at[name] = stride
+            stride += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // ALIGNED) * ALIGNED
+        self._stride = -(-max(stride, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = self._stride * places
+        self.file = _memory(size) if shared else file
+        self._close = weakref.finalize(self, os.close, self.file) if shared and self.file is not None else None
+        self._memory = mmap.mmap(-1 if self.file is None else self.file, size)
+        self._free, self._lock = deque(range(places)), threading.Lock()
+
+    def take(self) -> int:
+        with self._lock:
+            if not self._free:
+                raise RuntimeError(f"all {self.places} places are taken")
+            return self._free.popleft()
+
+    def give_back(self, place: int) -> None:
+        with self._lock:
+            self._free.append(place)
+
+    def arrays(self, place: int) -> Arrays:
+        return self._views(self._owner(place))
+
+    def lend(self, place: int) -> Arrays:
+        """Its arrays, for someone who may keep them: the place is free again when nothing looks at any of them. Of
+        one who keeps many sets, the further ones are copies."""
+        owner = self._owner(place)
+        with self._lock:
+            here = self._spare > 0
+            self._spare -= here
+        if not here:
+            copied = {name: array.copy() for name, array in self._views(owner).items()}
+            self.give_back(place)
+            return copied
+        weakref.finalize(owner, self._returned, place).atexit = False
+        return self._views(owner)
+
+    def close(self) -> None:
+        """No process can open it any more; the memory goes with the last array."""
+        if self._close is not None:
+            self._close()
+
+    def _returned(self, place: int) -> None:
+        with self._lock:
+            self._spare += 1
+            self._free.append(place)
+
+    def _owner(self, place: int) -> _Lent:
+        return _Lent((self._stride,), np.uint8, self._memory, place * self._stride)
+
+    def _views(self, owner: _Lent) -> Arrays:
+        return {name: np.ndarray(*how, buffer=owner, offset=self._at[name]) for name, how in self.layout.items()}
+
+
+def _memory(size: int) -> int:
+    """A file without a name, in memory where the system has such: it is gone when its last user is."""
+    if hasattr(os, "memfd_create"):
+        file = os.memfd_create("mfl-shelf")
+    else:
+        with tempfile.TemporaryFile() as opened:
+            file = os.dup(opened.fileno())
+    os.ftruncate(file, size)
+    return file
+
+
+class Crew:
+    """Processes that do `work` on the arrays of a shelf, as many as threads ask at a time; each starts when it is first
+    needed, and ends with this process, whatever ends that. `work` is pickled once."""
+
+    def __init__(self, work: Work, shelf: Shelf):
+        self._shelf, self._work = shelf, pickle.dumps(work)
+        self._idle: list[_Member] = []
+        self._all: set[_Member] = set()
+        self._lock, self._closed = threading.Lock(), False
+
+    def do(self, place: int, *task: Any) -> Any:
+        """What `work` returns, or raises. CrewError where the process died; the next task gets another one."""
+        member = self._idle_one()
+        try:
+            done, value = member.ask((place, task))
+        except (EOFError, OSError) as error:
+            with self._lock:
+                self._all.discard(member)
+            raise CrewError(member.death()) from error
+        with self._lock:
+            self._idle.append(member)
+        if not done:
+            raise value
+        return value
+
+    def _idle_one(self) -> "_Member":
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the crew is closed")
+            if self._idle:
+                return self._idle.pop()
+        member = _Member(self._shelf, self._work)
+        with self._lock:
+            self._all.add(member)
+        return member
+
+    def dump(self) -> None:
+        """Every process writes what it is doing to stderr."""
+        for member in list(self._all):
+            with contextlib.suppress(OSError):
+                member.process.send_signal(signal.SIGUSR1)
+
+    def close(self) -> None:
+        """Nobody may be asking."""
+        with self._lock:
+            self._closed, members = True, list(self._all)
+            self._idle, self._all = [], set()
+        for member in members:
+            member.leave()
+        for member in members:
+            member.end(PATIENCE)
+        self._shelf.close()
+
+
+class _Member:
+    def __init__(self, shelf: Shelf, work: bytes):
+        assert shelf.file is not None
+        self._talk, theirs = Pipe()
+        life, self._life = Pipe(duplex=False)
+        files = (theirs.fileno(), life.fileno(), shelf.file)
+        command = [sys.executable, "-c", PROGRAM.format(path=sys.path), *map(str, files)]
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": os.environ | SINGLE, "start_new_session": True}
+        self.process = subprocess.Popen(command, pass_fds=files, **options)
+        theirs.close()
+        life.close()
+        with contextlib.suppress(OSError):  # it died: the first question says so
+            self._talk.send((shelf.layout, shelf.places))
+            self._talk.send_bytes(work)
+
+    def ask(self, question: Any) -> Any:
+        self._talk.send(question)
+        return self._talk.recv()
+
+    def leave(self) -> None:
+        self._talk.close()
+
+    def end(self, patience: float) -> int:
+        self._life.close()
+        try:
+            return self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+    def death(self) -> str:
+        self.leave()
+        code = self.end(PATIENCE)
+        how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
+        return f"a process that reads tiles ended {how}: out of memory, or a crash in a codec"
+
+
+def serve(talk_file: int, life_file: int, memory_file: int) -> None:
+    """What a process of the crew does until nobody asks any more."""
+    end_with(Connection(life_file))
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    talk = Connection(talk_file)
+    layout, places = talk.recv()
+    shelf = Shelf(layout, places, file=memory_file)
+    work, wrong = None, None
+    try:
+        work = pickle.loads(talk.recv_bytes())
+    except Exception as error:  # whoever asks first is told
+        wrong = error
+    while True:
+        try:
+            place, task = talk.recv()
+        except EOFError:
+            return
+        try:
+            if work is None:
+                raise RuntimeError("the work did not reach the process that is to do it") from wrong
+            answer = (True, work(shelf.arrays(place), *task))
+        except Exception as error:
+            error.add_note("".join(traceback.format_exception(error)))
+            answer = (False, error)
+        try:
+            talk.send(answer)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            talk.send((False, RuntimeError(f"an answer that cannot be sent: {answer[1]!r}")))
