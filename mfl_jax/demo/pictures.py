@@ -38,15 +38,14 @@ def registration(slides: Path, tiled: Path) -> tuple[list[Section], Pictures]:
     for folder in sorted((tiled / "slides").iterdir()):
         status = read_json(folder / "status.json", "the status of a slide")
         for partner, said in status["registered"].items():
-            row = {"slide": folder.name, "partner": partner, "score": said["score"], "passed": True}
+            row = {"slide": folder.name, "partner": partner, "score": said["score"]}
+            row["passed"] = partner not in status["rejected"]
             row["error_um"] = _true_error(slides, folder, partner)
             if len(shown) < OVERLAYS:
                 name = f"overlay-{folder.name}-{partner}"
                 shown[name] = (folder / f"{partner}.overlay.jpg").read_bytes()
                 row["picture"] = name
             rows.append(row)
-        for partner in status["rejected"]:
-            rows.append({"slide": folder.name, "partner": partner, "passed": False})
     return rows, shown
 
 

@@ -124,7 +124,9 @@ def _what(content: Mapping[str, Any]) -> Html | None:
 def _pairs(page: _Page) -> Html | None:
     rows = page.results.get("registration", [])
     shown = [item for item in rows if item.get("picture")]
-    figures = [page.figure({"caption": f"{item['slide']}, {item['partner']}: registered", **item}) for item in shown]
+    states = {True: "registered", False: "refused", None: "registered"}
+    captions = [f"{item['slide']}, {item['partner']}: {states[item.get('passed')]}" for item in shown]
+    figures = [page.figure({"caption": said, **item}) for said, item in zip(captions, shown, strict=True)]
     return (
         join(
             _sheet("pairs")(page),
@@ -138,12 +140,12 @@ def _pairs(page: _Page) -> Html | None:
 def _registration(results: Results) -> Html:
     """In a sentence, then every pair: folded away where there are many."""
     rows = results["registration"]
-    errors = sorted(item["error_um"] for item in rows if item.get("error_um") is not None)
-    refused = sum(item.get("passed") is False for item in rows)
-    text = f"{len(rows)} pairs, {refused} refused."
+    kept = [item for item in rows if item.get("passed") is not False]
+    errors = sorted(item["error_um"] for item in kept if item.get("error_um") is not None)
+    text = f"{len(rows)} pairs, {len(rows) - len(kept)} refused."
     if errors:
-        median = statistics.median(errors)
-        text += f" Error where the truth is known: median {median:.1f} \u00b5m, largest {errors[-1]:.1f} \u00b5m."
+        figures = f"median {statistics.median(errors):.1f} \u00b5m, largest {errors[-1]:.1f} \u00b5m"
+        text += f" Error of those kept, where the truth is known: {figures}."
     table = tables.html(tables.of_registration(results))
     if len(rows) > LISTED_PAIRS:
         table = tag("details", tag("summary", "Every pair"), table)

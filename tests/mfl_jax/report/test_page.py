@@ -169,3 +169,16 @@ def luminance(colour: str) -> float:
     parts = [int(full[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_a_refused_pair_is_said_to_be_and_is_in_no_figure(pictures):
+    results = synthetic.results(points=5)
+    results["registration"][0] |= {"passed": False, "error_um": 418.0}
+    section = next(s for s in parse(report.render(results, pictures)).iter("section") if s.get("id") == "pairs")
+    text = "".join(section.itertext())
+    kept = [item["error_um"] for item in results["registration"] if item["passed"]]
+    assert f"{len(results['registration'])} pairs, 2 refused. Error of those kept" in text
+    assert f"largest {max(kept):.1f} µm" in text
+    first, second = (f"{item['slide']}, if: " for item in results["registration"][:2])
+    assert first + "refused" in text
+    assert second + "registered" in text
