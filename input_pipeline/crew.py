@@ -118,12 +118,19 @@ def _memory(size: int) -> int:
     return file
 
 
+def step_back(nice: int) -> None:
+    """Cores that others want too are theirs before this thread's, where the system has threads with priorities."""
+    if nice and sys.platform == "linux":
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
 class Crew:
     """Processes that do `work` on the arrays of a shelf, as many as threads ask at a time; each starts when it is first
-    needed, and ends with this process, whatever ends that. `work` is pickled once."""
+    needed, and ends with this process, whatever ends that. `work` is pickled once; `nice` is what they step back by."""
 
-    def __init__(self, work: Work, shelf: Shelf):
-        self._shelf, self._work = shelf, pickle.dumps(work)
+    def __init__(self, work: Work, shelf: Shelf, nice: int = 0):
+        self._shelf, self._work = shelf, pickle.dumps((work, nice))
         self._idle: list[_Member] = []
         self._all: set[_Member] = set()
         self._lock, self._closed = threading.Lock(), False
@@ -219,7 +226,8 @@ def serve(talk_file: int, life_file: int, memory_file: int) -> None:
     shelf = Shelf(layout, places, file=memory_file)
     work, wrong = None, None
     try:
-        work = pickle.loads(talk.recv_bytes())
+        work, nice = pickle.loads(talk.recv_bytes())
+        step_back(nice)
     except Exception as error:  # whoever asks first is told
         wrong = error
     while True:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from input_pipeline.tileset import Spec, TileSet
 
 COLUMNS = ("label", "slide", "case")
+NICE = (
+    19  # of readers where the cores that they decode on are those that compute: 90 -> 95 % in the step (bench_loop.py)
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,14 @@ class SplitSource:
     seed: int
     override: bool
     options: Mapping[str, Any]  # of train_stream
-    shared: tuple[str, ...] = ("batch", "split", "partners", "columns", "stall_timeout")  # of eval_stream as well
+    shared: tuple[str, ...] = (
+        "batch",
+        "split",
+        "partners",
+        "columns",
+        "stall_timeout",
+        "nice",
+    )  # of eval_stream as well
 
     def __call__(self, step: int, state: Mapping[str, Any] | None) -> Iterator[dict[str, np.ndarray]]:
         from input_pipeline.stream import train_stream
@@ -161,6 +171,7 @@ def source(reading: Any, seed: int, override: bool = False) -> SplitSource:
     options |= {"near_um": reading.near_um or None, "far_um": reading.far_um or None}
     options |= {"partners": tuple(reading.partners), "on_bad": reading.on_bad}
     options |= {"columns": (*COLUMNS, *reading.columns), "stall_timeout": reading.stall_timeout}
+    options["nice"] = NICE if jax.default_backend() == "cpu" else 0
     return SplitSource(open_set(reading.tileset), seed, override, options)
 
 

@@ -34,7 +34,8 @@ from mfl_jax.slides import Entry, SlidesApart, Source, Tiles
 from mfl_jax.store import Layout
 
 PART = 16  # tiles that are read at a time
-DEPTH = 2  # batches on the device besides those that are being filled
+LANES = 2  # batches on their way to the device at a time: one thread copies less than a GPU computes on
+DEPTH = LANES + 1  # batches sent and not come back
 READING = ("read", "decode", "resample")
 
 
@@ -74,7 +75,7 @@ def extract(
             if job.entry.fault:
                 say(f"{job.entry.slide_id} is left out: {job.entry.fault}")
         report.ledger.crews = dict.fromkeys(READING, ("readers", workers))
-        report.ledger.crews |= {"compute": ("device", 1), "host to device": ("host", 1), "write": ("host", 1)}
+        report.ledger.crews |= {"compute": ("device", 1), "host to device": ("lanes", LANES), "write": ("host", 1)}
         with tqdm(total=len(work), desc="extract", unit="slide", disable=not progress) as bar:
             for job in work:
                 job.ended = _account(report.ledger, bar, say)
@@ -273,12 +274,12 @@ class _Batch:
 
 
 class _Device:
-    """Puts batches on the device and computes there, and brings the features back: two threads, so that the device has
-    the next batch when it is done with one. While it compiles, the first tiles are read."""
+    """Puts batches on the device and computes there, and brings the features back, in threads of its own, so that the
+    device has the next batch when it is done with one. While it compiles, the first tiles are read."""
 
     def __init__(self, encoder: Encoder, layout: tuple[tuple[int, ...], str], mesh: Mesh):
         self._params, self._mesh = encoder.params, mesh
-        self._there, self._back = ThreadPoolExecutor(1, "mfl-device"), ThreadPoolExecutor(1, "mfl-features")
+        self._there, self._back = ThreadPoolExecutor(LANES, "mfl-device"), ThreadPoolExecutor(1, "mfl-features")
         self._program = self._there.submit(_compiled, encoder, layout, mesh)
         self._idle = perf_counter()
         self.ready = 0.0  # when it had compiled

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline import order
-from input_pipeline.crew import Crew, Shelf
+from input_pipeline.crew import Crew, Shelf, step_back
 from input_pipeline.neighbours import Neighbours
 from input_pipeline.pool import available_cores
 from input_pipeline.stream import executors
@@ -63,6 +63,7 @@ def train_stream(
     threads: int | None = None,
     prefetch: int = 2,
     stall_timeout: float | None = 300,
+    nice: int = 0,
     state: Mapping[str, Any] | None = None,
     override: bool = False,
 ) -> "Stream":
@@ -76,6 +77,7 @@ def train_stream(
     blocks    (records a block, blocks a window) reads nearly in disk order (order.blockwise), for remote storage
     partners  those to decode (default all); `require` names partners without which a tile is bad
     on_bad    'replace' puts another tile, drawn by position, for a bad one; 'raise' stops and names it
+    nice      0 to 19: how far readers step back, where the cores that they decode on are those that compute
     state     continues where `Stream.state()` of an earlier run was; a difference is refused, or with `override` logged
     """
     _check_choice("balance", balance, (None, *_classes(tileset)))
@@ -100,7 +102,7 @@ def train_stream(
     changed = check_state(state, identity, override=override) if state is not None else ()
     step = start_step if state is None else state["step"]
     _check_int("start_step", step, 0, 2**40)
-    stream = Stream(plan, executor, threads, prefetch, stall_timeout, identity, start_step=step)
+    stream = Stream(plan, executor, threads, prefetch, stall_timeout, identity, start_step=step, nice=nice)
     stream.overridden = changed
     return stream
 
@@ -138,6 +140,7 @@ def eval_stream(
     threads: int | None = None,
     prefetch: int = 2,
     stall_timeout: float | None = 300,
+    nice: int = 0,
 ) -> "Stream":
     """Every tile of the split (None: of the set) exactly once, by id; the last batch is padded with mask False, id -1.
 
@@ -147,7 +150,7 @@ def eval_stream(
     plan, _ = _plan(tileset, batch, host, split, partners, require, columns, on_bad, seed=0)
     plan = replace(plan, stop=len(plan.selection))
     arguments: dict[str, Any] = {"batch": int(batch), "split": split, "evaluation": True, "require": sorted(require)}
-    return Stream(plan, executor, threads, prefetch, stall_timeout, _identity(tileset, 0, arguments))
+    return Stream(plan, executor, threads, prefetch, stall_timeout, _identity(tileset, 0, arguments), nice=nice)
 
 
 def check_state(state: Mapping[str, Any], now: Mapping[str, Any], *, override: bool = False) -> tuple[str, ...]:
@@ -181,10 +184,12 @@ class Stream:
         stall_timeout: float | None,
         identity: Mapping[str, Any],
         start_step: int = 0,
+        nice: int = 0,
     ):
         workers = available_cores() if threads is None else threads
         _check_int("threads", workers, 1, 1024)
         _check_int("prefetch", prefetch, 0, 1024)
+        _check_int("nice", nice, 0, 19)
         self.executor = executors.choose(executor, workers)
         self._plan, self._identity, self.step = plan, identity, start_step
         self.steps = None if plan.stop is None else -(-plan.stop // plan.batch)
@@ -194,7 +199,8 @@ class Stream:
         self.overridden: tuple[str, ...] = ()
         last = ENDLESS if self.steps is None else self.steps * plan.chunks
         first, ahead = start_step * plan.chunks, prefetch * plan.chunks
-        self._batches = _Batches(plan, -(-(workers + ahead) // plan.chunks) + 2, self.executor == "processes")
+        window = -(-(workers + ahead) // plan.chunks) + 2
+        self._batches = _Batches(plan, window, self.executor == "processes", nice)
         self._watchdog = None
         if stall_timeout is not None:
             self._watchdog = Watchdog(stall_timeout, "the stream", self._batches.dump)
@@ -258,10 +264,10 @@ class _Batches:
     """Batches that workers are writing, by step; the executor's window bounds how many there are. Their memory is used
     again: to touch new memory for every batch takes a tenth of the time that a stream has for it."""
 
-    def __init__(self, plan: Plan, window: int, apart: bool):
-        self._plan, self._lock = plan, threading.Lock()
+    def __init__(self, plan: Plan, window: int, apart: bool, nice: int):
+        self._plan, self._nice, self._lock = plan, nice, threading.Lock()
         self._shelf = Shelf(layout(plan), window + LENT, shared=apart, lent=LENT)
-        self._crew = Crew(partial(fetch_apart, plan), self._shelf) if apart else None
+        self._crew = Crew(partial(fetch_apart, plan), self._shelf, nice) if apart else None
         self._places: dict[int, int] = {}
 
     def write(self, number: int) -> None:
@@ -271,6 +277,7 @@ class _Batches:
                 self._places[step] = self._shelf.take()
             place = self._places[step]
         if self._crew is None:
+            step_back(self._nice)
             fetch(self._plan, number, self._shelf.arrays(place))
         else:
             self._plan.reasons.update(self._crew.do(place, number))

@@ -38,7 +38,7 @@ def _undone(data: bytes, out: np.ndarray) -> bool:
     if not whole or (rows[:, 0] != 1).any():
         return False
     pixels = (height, width, 2 * channels)  # bytes, the high one first
-    np.cumsum(rows[:, 1:].reshape(pixels), axis=1, dtype=np.uint8, out=out.view(np.uint8).reshape(pixels))
+    imagecodecs.delta_decode(rows[:, 1:].reshape(pixels), axis=1, out=out.view(np.uint8).reshape(pixels))
     if sys.byteorder == "little":
         out.byteswap(inplace=True)
     return True
