@@ -46,13 +46,14 @@ def extract(
     *,
     layout: str = "ours",
     dtype: str | None = None,
-    batch: int = 256,
+    batch: int | None = None,
     workers: int | None = None,
     mesh: Mesh | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Never stops at a bad slide; `Report.failed` names them. Interrupted or repeated, it goes on where it was."""
+    batch = usual_batch(source.size) if batch is None else batch
     if batch < 1 or (workers is not None and workers < 1):
         raise ValueError(f"batch and workers are at least 1, not {batch} and {workers}")
     if jax.process_count() > 1:
@@ -88,6 +89,14 @@ def extract(
         _write_tables(place, report.rows, jobs)
         store.write_encoder(place, encoder.cases)
     return report
+
+
+def usual_batch(size: int) -> int:
+    """Tiles of `size` px: on a CPU as many as leave what a layer gives in its caches (ViT-S/16: 22 tiles/s in batches
+    of 16, 20 in batches of 64)."""
+    if jax.default_backend() != "cpu":
+        return 256
+    return 16 if size >= 128 else 64
 
 
 def _write_tables(place: Layout, rows: list[dict[str, Any]], jobs: Sequence["_Job"]) -> None:

@@ -23,9 +23,6 @@ from mfl_jax.trained import RunError
 TRAIN = "import sys; from mfl_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 LOG_LINES = 3
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-# A program's buffers are then the same pages in every step: glibc would give 130 MiB back and fetch them anew, which
-# costs an eighth of the CPU seconds of a step of the demo (2.1 of 15.8 s in 40 steps).
-KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30), "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclass(frozen=True)
@@ -133,8 +130,10 @@ def local(jobs: Sequence[Job], side_by_side: int = 1, environment: Mapping[str, 
     waiting, running = list(jobs), dict[Job, subprocess.Popen]()
     limit = dict(environment)
     if side_by_side > 1:
-        limit |= KEEP_PAGES | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}"}
-        limit |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        limit |= {
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
     try:
         while waiting or running:
             while waiting and len(running) < side_by_side:

@@ -4,14 +4,12 @@
 
 The two take turns, and the smallest time of each counts, so that a busy machine disturbs both alike; still, figures at
 a load above the number of cores say little. --one-core pins the process to one core and counts CPU time in place of
-wall time, which other processes disturb less; a thread that spins counts as work there. --kept-heap starts
-again with a glibc that keeps freed memory, in huge pages, for both: XLA takes its scratch memory anew for every step,
-and that saved a fifth of the time of four ViT blocks; on the whole model the gain is not shown yet.
+wall time, which other processes disturb less; a thread that spins counts as work there. The process keeps the memory
+that it has freed (mfl_jax.heap), as `mfl` does; --plain-heap leaves that to glibc.
 """
 
 import argparse
 import os
-import sys
 import time
 
 import jax
@@ -19,14 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mfl_jax import losses
+from mfl_jax import heap, losses
 from mfl_jax.models import make
 
 PIXELS = 64
-KEPT_HEAP = ":".join(
-    f"glibc.malloc.{setting}"
-    for setting in ("mmap_max=0", "trim_threshold=16000000000", "top_pad=268435456", "hugetlb=1")
-)
 
 
 def our_step(spec: str, x: np.ndarray):
@@ -145,10 +139,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="pairs")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--one-core", action="store_true")
-    parser.add_argument("--kept-heap", action="store_true")
+    parser.add_argument("--plain-heap", action="store_true")
     args = parser.parse_args()
-    if args.kept_heap and os.environ.get("GLIBC_TUNABLES") != KEPT_HEAP:
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": KEPT_HEAP})
+    if not args.plain_heap:
+        heap.keep()
     clock = time.process_time if args.one_core else time.perf_counter
     if args.one_core:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
