@@ -20,7 +20,7 @@ from mfl_jax import config as configs
 from mfl_jax import data, metrics, train, trained
 from mfl_jax.trained import RunError
 
-TRAIN = "import sys; from mfl_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+TRAIN = "import sys; from mfl_jax.cli import command; sys.exit(command())"
 LOG_LINES = 3
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 

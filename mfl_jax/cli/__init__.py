@@ -11,10 +11,15 @@ from mfl_jax.cli import cohorts, features, mil, regions, search, slides, trainin
 from mfl_jax.cli.parts import add_command
 
 
+def command() -> int:
+    """`mfl`, in a process of its own."""
+    heap.keep()
+    return main()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all is well, 1 the work found faults (failed slides, a damaged set, a leak), 2 a wrong request."""
     options = parser().parse_args(arguments)
-    heap.keep()
     with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there handles signals
         signal.signal(signal.SIGTERM, _interrupt)
     try:

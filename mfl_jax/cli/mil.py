@@ -94,6 +94,8 @@ def mil(options: argparse.Namespace) -> int:
         metric = arm.result.metrics.get(found.metric)
         low, _, high = mil.spread(arm, found.metric)
         print(f"{found.metric} {metric or 'not defined'}; folds {low:.3f} to {high:.3f}  {arm.name}")
+        for note in arm.result.notes:
+            say(f"{arm.name}: {note}")
     print(f"wrote {page}")
     return 0
 

@@ -191,3 +191,14 @@ def test_ranks_share_ties_and_a_map_has_a_cell_a_tile():
     assert picture.shape == (900, 900, 3)
     assert (picture[700, 700] == 255).all()
     assert len({tuple(picture[y, x]) for y, x in ((200, 200), (200, 700), (700, 200))}) == 3
+
+
+def test_heads_that_the_limit_of_epochs_cut_short_are_said_to_be():
+    curves = np.linspace(1, 0.1, 6) * np.ones((4, 1))
+    assert run._unfinished(curves) == ("4 of 4 fits were cut short by the limit of 6 epochs: allow more",)
+    curves[:2, 4:] = np.nan  # they had ended by themselves
+    assert run._unfinished(curves) == ()
+    given, table = made.bags(slides=32, signal=6.0)
+    options = OPTIONS | {"settings": dataclasses.replace(SETTINGS, epochs=2, patience=5)}
+    study = mil.study({"signal": given}, table, ["meanpool"], folds=mil.nested(table, outer=2, inner=2), **options)
+    assert "cut short by the limit of 2 epochs" in study.arms[0].result.notes[0]
