@@ -33,7 +33,7 @@ Work = Callable[..., Any]  # work(arrays of a place, *task)
 
 FEW = 4  # workers: as many threads are as fast as processes, and start at once
 ALIGNED = 64
-PATIENCE = 5.0  # seconds for a process to end by itself
+PATIENCE = 5.0  # seconds for a process to end by itself, when nobody asks any more
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 PROGRAM = "import sys; sys.path[:] = {path!r}; from input_pipeline.crew import serve; serve(*map(int, sys.argv[1:]))"
 
@@ -47,11 +47,14 @@ class _Lent(np.ndarray):
 
 
 class Shelf:
-    """Places for sets of arrays of one layout. What is in a place that is taken is what was left there."""
+    """Places for sets of arrays of one layout. What is in a place that is taken is what was left there.
+
+    No lock is held anywhere: places come back from finalizers, which may run in the midst of any line.
+    """
 
     def __init__(self, layout: Layout, places: int, *, shared: bool = False, file: int | None = None, lent: int = 0):
         """`shared`: other processes can open it by `file`, its descriptor. `lent`: how many sets may be lent."""
-        self.layout, self.places, self._spare = dict(layout), places, lent
+        self.layout, self.places = dict(layout), places
         self._at, stride = {}, 0
         for name, (shape, dtype) in layout.items():
             self._at[name] = stride
@@ -60,18 +63,18 @@ class Shelf:
         size = self._stride * places
         self.file = _memory(size) if shared else file
         self._close = weakref.finalize(self, os.close, self.file) if shared and self.file is not None else None
-        self._memory = mmap.mmap(-1 if self.file is None else self.file, size)
-        self._free, self._lock = deque(range(places)), threading.Lock()
+        own = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if self.file is None else {}
+        self._memory = mmap.mmap(-1 if self.file is None else self.file, size, **own)
+        self._free, self._spare = deque(range(places)), deque(range(lent))
 
     def take(self) -> int:
-        with self._lock:
-            if not self._free:
-                raise RuntimeError(f"all {self.places} places are taken")
+        try:
             return self._free.popleft()
+        except IndexError:
+            raise RuntimeError(f"all {self.places} places are taken") from None
 
     def give_back(self, place: int) -> None:
-        with self._lock:
-            self._free.append(place)
+        self._free.append(place)
 
     def arrays(self, place: int) -> Arrays:
         return self._views(self._owner(place))
@@ -80,10 +83,9 @@ class Shelf:
         """Its arrays, for someone who may keep them: the place is free again when nothing looks at any of them. Of
         one who keeps many sets, the further ones are copies."""
         owner = self._owner(place)
-        with self._lock:
-            here = self._spare > 0
-            self._spare -= here
-        if not here:
+        try:
+            self._spare.pop()
+        except IndexError:
             copied = {name: array.copy() for name, array in self._views(owner).items()}
             self.give_back(place)
             return copied
@@ -96,9 +98,8 @@ class Shelf:
             self._close()
 
     def _returned(self, place: int) -> None:
-        with self._lock:
-            self._spare += 1
-            self._free.append(place)
+        self._free.append(place)
+        self._spare.append(0)
 
     def _owner(self, place: int) -> _Lent:
         return _Lent((self._stride,), np.uint8, self._memory, place * self._stride)
@@ -137,29 +138,41 @@ class Crew:
 
     def do(self, place: int, *task: Any) -> Any:
         """What `work` returns, or raises. CrewError where the process died; the next task gets another one."""
-        member = self._idle_one()
+        member = self._asked((place, task))
         try:
-            done, value = member.ask((place, task))
+            done, value = member.talk.recv()
         except (EOFError, OSError) as error:
             with self._lock:
                 self._all.discard(member)
             raise CrewError(member.death()) from error
+        except Exception as error:  # of unpickling, after all of it has come
+            done, value = False, error
         with self._lock:
             self._idle.append(member)
         if not done:
             raise value
         return value
 
-    def _idle_one(self) -> "_Member":
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("the crew is closed")
-            if self._idle:
-                return self._idle.pop()
-        member = _Member(self._shelf, self._work)
-        with self._lock:
-            self._all.add(member)
-        return member
+    def _asked(self, question: Any) -> "_Member":
+        """One that is at work on it: an idle one, or where there is none, or it has died meanwhile, a new one."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the crew is closed")
+                member = self._idle.pop() if self._idle else None
+            if new := member is None:
+                member = _Member(self._shelf, self._work)
+                with self._lock:
+                    self._all.add(member)
+            try:
+                member.talk.send(question)
+                return member
+            except OSError as error:
+                with self._lock:
+                    self._all.discard(member)
+                said = member.death()
+                if new:
+                    raise CrewError(said) from error
 
     def dump(self) -> None:
         """Every process writes what it is doing to stderr."""
@@ -173,52 +186,50 @@ class Crew:
             self._closed, members = True, list(self._all)
             self._idle, self._all = [], set()
         for member in members:
-            member.leave()
+            member.talk.close()
         for member in members:
-            member.end(PATIENCE)
+            member.end()
         self._shelf.close()
 
 
 class _Member:
     def __init__(self, shelf: Shelf, work: bytes):
         assert shelf.file is not None
-        self._talk, theirs = Pipe()
+        self.talk, theirs = Pipe()
         life, self._life = Pipe(duplex=False)
         files = (theirs.fileno(), life.fileno(), shelf.file)
-        command = [sys.executable, "-c", PROGRAM.format(path=sys.path), *map(str, files)]
+        path = [entry for entry in sys.path if isinstance(entry, str)]
+        command = [sys.executable, "-c", PROGRAM.format(path=path), *map(str, files)]
         options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": os.environ | SINGLE, "start_new_session": True}
         self.process = subprocess.Popen(command, pass_fds=files, **options)
         theirs.close()
         life.close()
         with contextlib.suppress(OSError):  # it died: the first question says so
-            self._talk.send((shelf.layout, shelf.places))
-            self._talk.send_bytes(work)
+            self.talk.send((shelf.layout, shelf.places))
+            self.talk.send_bytes(work)
 
-    def ask(self, question: Any) -> Any:
-        self._talk.send(question)
-        return self._talk.recv()
-
-    def leave(self) -> None:
-        self._talk.close()
-
-    def end(self, patience: float) -> int:
-        self._life.close()
+    def end(self) -> int:
         try:
-            return self.process.wait(patience)
+            return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+        finally:
+            self._life.close()
 
     def death(self) -> str:
-        self.leave()
-        code = self.end(PATIENCE)
-        how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
-        return f"a process that reads tiles ended {how}: out of memory, or a crash in a codec"
+        self.talk.close()
+        code = self.end()
+        if code >= 0:
+            return f"a process that reads tiles ended with exit code {code}: what it said is on stderr"
+        name = signal.Signals(-code).name
+        return f"a process that reads tiles ended by signal {-code} ({name}): out of memory, or a crash in a codec"
 
 
 def serve(talk_file: int, life_file: int, memory_file: int) -> None:
     """What a process of the crew does until nobody asks any more."""
     end_with(Connection(life_file))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever asks may still want batches before it saves
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     talk = Connection(talk_file)
@@ -242,7 +253,15 @@ def serve(talk_file: int, life_file: int, memory_file: int) -> None:
         except Exception as error:
             error.add_note("".join(traceback.format_exception(error)))
             answer = (False, error)
-        try:
-            talk.send(answer)
-        except (pickle.PicklingError, AttributeError, TypeError):
-            talk.send((False, RuntimeError(f"an answer that cannot be sent: {answer[1]!r}")))
+        talk.send_bytes(_packed(answer))
+
+
+def _packed(answer: tuple[bool, Any]) -> bytes:
+    """An exception can often be pickled and not be made again."""
+    try:
+        packed = pickle.dumps(answer)
+        if not answer[0]:
+            pickle.loads(packed)
+        return packed
+    except Exception:
+        return pickle.dumps((False, RuntimeError(f"an answer that cannot be sent: {answer[1]!r}")))

@@ -30,7 +30,8 @@ def report(folder: Path = Path()) -> tuple[list[str], bool]:
         if version is None:
             faults.append(f"{name} is missing: pip install '{name}' (or reinstall: pip install -e .)")
     tensorflow = _version("tensorflow-cpu") or _version("tensorflow")
-    lines.append(f"{'tensorflow':<24}{tensorflow or 'absent (streams run on threads): pip install tensorflow-cpu'}")
+    absent = "absent (TFDS and streams of executor 'tfdata' need it): pip install tensorflow-cpu"
+    lines.append(f"{'tensorflow':<24}{tensorflow or absent}")
     for name, (use, command) in OPTIONAL.items():
         lines.append(f"{name:<24}{_version(name) or f'absent ({use}): {command}'}")
     lines += _devices(faults) + _machine(folder)

@@ -1,21 +1,18 @@
 """`mfl extract`: slides or tile sets through an encoder, one file of features a slide.
 
-Three things happen at once: threads, or processes where there are many cores, read and decode tiles into batches, which
-tiles of many slides share, in order and a bounded number ahead; the device is kept busy; what has come back is written.
-A slide that fails is named and stops no other. What holds a slide's features is a function of the encoder, the tiles
-and the parameters, by whose hash a rerun knows what is left to do.
+Three things happen at once (flow.py): threads, or processes where there are many cores, read and decode tiles into
+batches, which tiles of many slides share, in order and a bounded number ahead; the device is kept busy; what has come
+back is written. A slide that fails is named and stops no other. What holds a slide's features is a function of the
+encoder, the tiles and the parameters, by whose hash a rerun knows what is left to do.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import jax
@@ -23,19 +20,15 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from input_pipeline.crew import FEW, Crew, Shelf
 from input_pipeline.files import only_one
 from input_pipeline.ledger import Ledger
 from input_pipeline.pool import available_cores
 from input_pipeline.tile import Report, write_status_table
-from mfl_jax import sharding, store
+from mfl_jax import flow, sharding, store
 from mfl_jax.encoder import Encoder
-from mfl_jax.slides import Entry, SlidesApart, Source, Tiles
+from mfl_jax.slides import Entry, Source, Tiles
 from mfl_jax.store import Layout
 
-PART = 16  # tiles that are read at a time
-LANES = 2  # batches on their way to the device at a time: one thread copies less than a GPU computes on
-DEPTH = LANES + 1  # batches sent and not come back
 READING = ("read", "decode", "resample")
 
 
@@ -76,12 +69,12 @@ def extract(
             if job.entry.fault:
                 say(f"{job.entry.slide_id} is left out: {job.entry.fault}")
         report.ledger.crews = dict.fromkeys(READING, ("readers", workers))
-        report.ledger.crews |= {"compute": ("device", 1), "host to device": ("lanes", LANES), "write": ("host", 1)}
+        report.ledger.crews |= {"compute": ("device", 1), "host to device": ("lanes", flow.LANES), "write": ("host", 1)}
         with tqdm(total=len(work), desc="extract", unit="slide", disable=not progress) as bar:
             for job in work:
                 job.ended = _account(report.ledger, bar, say)
             if work:
-                _run(work, encoder, source, batch, workers, mesh, report.ledger)
+                flow.run(work, encoder, source, batch, workers, mesh, report.ledger)
         for job in todo:
             if job.state == "failed":
                 job.set_aside()
@@ -270,159 +263,3 @@ class _Job:
         about: dict[str, Any] = {"slide_id": self.entry.slide_id, "case_id": self.entry.case_id, "state": self.state}
         about |= {"tiles": self.count if whole else "", "mpp": self.mpp, "mpp_source": self.mpp_source}
         return about | {"file": file, "reason": self.reason}
-
-
-@dataclass
-class _Batch:
-    place: int
-    images: np.ndarray
-    spans: list[tuple[_Job, int, int, int]] = field(default_factory=list)  # slide, its first row, ours, how many
-    filled: int = 0
-    unread: int = 0  # parts
-    full: bool = False  # no further part will be asked for
-
-
-class _Device:
-    """Puts batches on the device and computes there, and brings the features back, in threads of its own, so that the
-    device has the next batch when it is done with one. While it compiles, the first tiles are read."""
-
-    def __init__(self, encoder: Encoder, layout: tuple[tuple[int, ...], str], mesh: Mesh):
-        self._params, self._mesh = encoder.params, mesh
-        self._there, self._back = ThreadPoolExecutor(LANES, "mfl-device"), ThreadPoolExecutor(1, "mfl-features")
-        self._program = self._there.submit(_compiled, encoder, layout, mesh)
-        self._idle = perf_counter()
-        self.ready = 0.0  # when it had compiled
-
-    def submit(self, made: _Batch) -> Future:
-        """Of the features, and of the seconds it took by stage."""
-        return self._back.submit(self._fetch, self._there.submit(self._compute, made))
-
-    def _compute(self, made: _Batch) -> tuple[jax.Array, float, float]:
-        compiled = self._program.result()
-        begin = perf_counter()
-        self.ready = self.ready or begin
-        given = {"he": made.images, "mask": np.arange(len(made.images)) < made.filled}
-        placed = jax.block_until_ready(sharding.put(given, self._mesh))
-        moved = perf_counter()
-        return compiled(self._params, placed["he"], placed["mask"]), moved, moved - begin
-
-    def _fetch(self, computed: Future) -> tuple[np.ndarray, dict[str, float]]:
-        features, began, moving = computed.result()
-        found = np.asarray(features, np.float32)
-        began, self._idle = max(began, self._idle), perf_counter()  # a batch waits for the one before
-        return found, {"host to device": moving, "compute": self._idle - began}
-
-    def close(self) -> None:
-        for threads in (self._there, self._back):
-            threads.shutdown(wait=True, cancel_futures=True)
-
-
-def _run(
-    work: Sequence[_Job], encoder: Encoder, source: Source, batch: int, workers: int, mesh: Mesh, ledger: Ledger
-) -> None:
-    rows = sharding.rows_for(batch, mesh)
-    layout, flying = source.layout(rows), deque[tuple[_Batch, Future]]()
-    ahead = workers + -(-rows // PART)  # parts; in batches:
-    shelf = Shelf({"he": layout}, -(-ahead * PART // rows) + 2 + DEPTH + 1, shared=workers > FEW)
-    crew = Crew(SlidesApart([job.entry.open for job in work]), shelf) if workers > FEW else None
-    device, start = _Device(encoder, layout, mesh), perf_counter()
-
-    def land() -> None:
-        made, future = flying.popleft()
-        features, spent = future.result()
-        begin = perf_counter()
-        for job, first, row, count in made.spans:
-            job.put(first, features[row : row + count])
-        shelf.give_back(made.place)
-        ledger.seconds.update(spent | {"write": perf_counter() - begin})
-
-    try:
-        with contextlib.closing(_batches(work, shelf, rows, workers, ahead, crew)) as batches:
-            for made in batches:
-                flying.append((made, device.submit(made)))
-                while len(flying) > DEPTH or (flying and flying[0][1].done()):
-                    land()
-        while flying:
-            land()
-    finally:
-        device.close()
-        if crew is not None:
-            crew.close()
-        for job in work:
-            job.abandon()
-        ledger.wall = perf_counter() - (device.ready or start)
-
-
-def _compiled(encoder: Encoder, layout: tuple[tuple[int, ...], str], mesh: Mesh) -> Callable[..., jax.Array]:
-    shape, dtype = layout
-    places = sharding.batch_sharding(mesh)
-    images = jax.ShapeDtypeStruct(shape, dtype, sharding=places)
-    mask = jax.ShapeDtypeStruct(shape[:1], np.bool_, sharding=places)
-    return jax.jit(encoder.apply).lower(encoder.params, images, mask).compile()
-
-
-def _batches(
-    work: Sequence[_Job], shelf: Shelf, rows: int, workers: int, ahead: int, crew: Crew | None
-) -> Generator[_Batch, None, None]:
-    """Full batches, but for the last. Their places on the shelf are the consumer's to give back. At most `ahead` parts
-    are read and not yet waited for, which bounds the slides that are open as well."""
-    pending: deque[tuple[_Job, _Batch, Future]] = deque()
-    into: _Batch | None = None
-
-    def read(number: int, part: range, into: _Batch, row: int) -> dict[str, float]:
-        if crew is not None:
-            return crew.do(into.place, number, part.start, part.stop, row)
-        work[number].read(part, into.images[row : row + len(part)])
-        return {}
-
-    def take() -> Iterator[_Batch]:
-        job, into, future = pending.popleft()
-        try:
-            if not (job.over and future.cancel()):
-                with job.guarded():
-                    job.spent.update(future.result())
-        finally:
-            job.asked(-1)
-        into.unread -= 1
-        if into.full and not into.unread:
-            yield into
-
-    with ThreadPoolExecutor(workers, "mfl-reader") as pool, contextlib.closing(_parts(work, shelf, rows)) as parts:
-        try:
-            for number, part, into, row in parts:
-                pending.append((work[number], into, pool.submit(read, number, part, into, row)))
-                while len(pending) >= ahead:
-                    yield from take()
-            if into is not None and into.filled < rows and not into.unread:
-                yield into  # all that it holds had come before it was known to be the last
-            while pending:
-                yield from take()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            for job, _, _ in pending:
-                job.asked(-1)
-
-
-def _parts(work: Sequence[_Job], shelf: Shelf, rows: int) -> Generator[tuple[int, range, _Batch, int], None, None]:
-    """Which tiles of which slide go into which batch, and from which row on."""
-    into: _Batch | None = None
-    for number, job in enumerate(work):
-        left = job.begin()
-        job.asked(1)  # as long as not every part is asked for
-        try:
-            while left and not job.over:
-                if into is None or into.full:
-                    place = shelf.take()
-                    into = _Batch(place, shelf.arrays(place)["he"])
-                row = into.filled
-                part = left[: min(PART, rows - row)]
-                left = left[len(part) :]
-                job.asked(1)
-                into.spans.append((job, part.start, row, len(part)))
-                into.filled, into.unread = row + len(part), into.unread + 1
-                into.full = into.filled == rows
-                yield number, part, into, row
-        finally:
-            job.asked(-1)
-    if into is not None:
-        into.full = True

@@ -20,7 +20,7 @@ from input_pipeline.tileset import TileSet
 from input_pipeline.tileset.spec import decode_payload
 from mfl_jax.store import Sheet
 
-OPEN = 4  # slides, by a process that reads
+OPEN = 2  # slides, by a process that reads: each has a cache
 case_of = cohort.case_of
 
 

@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import json
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,18 +19,17 @@ from typing import Any
 import numpy as np
 
 from input_pipeline import order
-from input_pipeline.crew import Crew, Shelf, step_back
 from input_pipeline.neighbours import Neighbours
 from input_pipeline.pool import available_cores
 from input_pipeline.stream import executors
-from input_pipeline.stream.fetching import BAD, Plan, fetch, fetch_apart, layout
+from input_pipeline.stream.batches import Batches
+from input_pipeline.stream.fetching import BAD, Plan
 from input_pipeline.stream.watchdog import Watchdog
 from input_pipeline.tileset import TileSet
 
 CHUNK = 16  # rows; small, so that memory and the time to the first batch stay small
 BAD_SHARE = 0.001
 OF_SLIDES = ("case", "slide")
-LENT = 3  # batches that a consumer may keep before it is given copies
 BAD_ALLOWED = 10  # bad tiles that are tolerated however few examples were seen
 ENDLESS = 1 << 62
 Batch = dict[str, np.ndarray]
@@ -190,7 +188,6 @@ class Stream:
         _check_int("threads", workers, 1, 1024)
         _check_int("prefetch", prefetch, 0, 1024)
         _check_int("nice", nice, 0, 19)
-        self.executor = executors.choose(executor, workers)
         self._plan, self._identity, self.step = plan, identity, start_step
         self.steps = None if plan.stop is None else -(-plan.stop // plan.batch)
         self.bad: dict[int, str] = {}  # id -> what was wrong, of the tiles replaced or masked so far
@@ -199,8 +196,9 @@ class Stream:
         self.overridden: tuple[str, ...] = ()
         last = ENDLESS if self.steps is None else self.steps * plan.chunks
         first, ahead = start_step * plan.chunks, prefetch * plan.chunks
+        self.executor = executors.choose(executor, workers, last - first)
         window = -(-(workers + ahead) // plan.chunks) + 2
-        self._batches = _Batches(plan, window, self.executor == "processes", nice)
+        self._batches = Batches(plan, window, self.executor == "processes", nice)
         self._watchdog = None
         if stall_timeout is not None:
             self._watchdog = Watchdog(stall_timeout, "the stream", self._batches.dump)
@@ -220,9 +218,12 @@ class Stream:
             raise StreamError("the stream is closed")
         try:
             batch = self._collect()
+            if not self._close.alive:
+                raise StreamError("the stream was closed by another thread")
             self._count_bad(batch.pop(BAD), int(batch["mask"].sum()))
         except BaseException:
             self.close()
+            self._done.close()  # where another thread had closed the stream, it left that to this one
             raise
         self.step += 1
         return batch
@@ -258,46 +259,6 @@ class Stream:
                 f"{self.bad_count} of {self.seen} examples were bad, more than {BAD_SHARE:.1%} and {BAD_ALLOWED}: run "
                 f"verify and write their slides again. The last: {self.bad[tile]}"
             )
-
-
-class _Batches:
-    """Batches that workers are writing, by step; the executor's window bounds how many there are. Their memory is used
-    again: to touch new memory for every batch takes a tenth of the time that a stream has for it."""
-
-    def __init__(self, plan: Plan, window: int, apart: bool, nice: int):
-        self._plan, self._nice, self._lock = plan, nice, threading.Lock()
-        self._shelf = Shelf(layout(plan), window + LENT, shared=apart, lent=LENT)
-        self._crew = Crew(partial(fetch_apart, plan), self._shelf, nice) if apart else None
-        self._places: dict[int, int] = {}
-
-    def write(self, number: int) -> None:
-        step = number // self._plan.chunks
-        with self._lock:
-            if step not in self._places:
-                self._places[step] = self._shelf.take()
-            place = self._places[step]
-        if self._crew is None:
-            step_back(self._nice)
-            fetch(self._plan, number, self._shelf.arrays(place))
-        else:
-            self._plan.reasons.update(self._crew.do(place, number))
-
-    def pop(self, step: int) -> Batch:
-        with self._lock:
-            place = self._places.pop(step)
-        return self._shelf.lend(place)
-
-    def dump(self) -> None:
-        if self._crew is not None:
-            self._crew.dump()
-
-    def closed_after(self, done: executors.Done) -> executors.Done:
-        """The same, and the processes end with it."""
-        try:
-            yield from done
-        finally:
-            if self._crew is not None:
-                self._crew.close()
 
 
 def _close(done: executors.Done, watchdog: Watchdog | None) -> None:

@@ -18,17 +18,21 @@ from input_pipeline.crew import FEW
 
 Work = Callable[[int], None]
 Done = Generator[int, None, None]
+SHORT = 256
 NAMES = ("auto", "threads", "processes", "tfdata")
 
 
-def choose(executor: str, workers: int) -> str:
-    """'auto' is threads where workers are few, and processes where they are many: threads, and tf.data just as well,
-    are held up there by the interpreter, which only one of them has at a time (bench_stream.py)."""
+def choose(executor: str, workers: int, pieces: int) -> str:
+    """'auto' is threads where workers or pieces of work are few, and processes where they are many: threads, and
+    tf.data just as well, are held up there by the interpreter, which only one of them has at a time: 16 threads stream
+    3,200 pairs a second and 16 processes, which take a second to start, 14,400 (bench_stream.py)."""
     if executor not in NAMES:
         raise ValueError(f"executor is one of {', '.join(map(repr, NAMES))}, not {executor!r}")
     if executor == "tfdata" and util.find_spec("tensorflow") is None:
         raise ValueError("executor 'tfdata' needs tensorflow: pip install tensorflow-cpu, or use executor='auto'")
-    return ("processes" if workers > FEW else "threads") if executor == "auto" else executor
+    if executor != "auto":
+        return executor
+    return "processes" if workers > FEW and pieces > SHORT else "threads"
 
 
 def threads(work: Work, first: int, stop: int, *, workers: int, ahead: int) -> Done:

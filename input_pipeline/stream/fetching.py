@@ -103,8 +103,9 @@ def fetch(plan: Plan, number: int, batch: dict[str, np.ndarray]) -> None:
 
 def fetch_apart(plan: Plan, batch: dict[str, np.ndarray], number: int) -> dict[int, str]:
     """`fetch` as a process of a crew does it: it says what was wrong with the bad tiles that it has met."""
+    plan.reasons.clear()
     fetch(plan, number, batch)
-    return dict(plan.reasons)
+    return plan.reasons
 
 
 def _write(plan: Plan, out: dict[str, np.ndarray], row: int, images: Mapping[str, np.ndarray | None]) -> None:

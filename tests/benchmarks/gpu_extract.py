@@ -14,7 +14,7 @@ from gpu_common import Job, Phases, Row, at, timed
 
 from input_pipeline.pool import available_cores
 from input_pipeline.tileset import Record, Spec, finish, write_slide
-from mfl_jax import encoder, extract, models, sharding, slides
+from mfl_jax import encoder, extract, flow, models, sharding, slides
 from mfl_jax.encoder import Encoder
 from mfl_jax.interop import weights
 
@@ -30,7 +30,7 @@ def phases(job: Job, sizes: Row) -> Phases:
         yield None
         at("compiling")
         start = time.perf_counter()
-        compiled = extract._compiled(made, source.layout(job.size), mesh)
+        compiled = flow.compiled(made, source.layout(job.size), mesh)
         row: Row = {"compile_s": time.perf_counter() - start}
         yield None
         at("measuring the forward pass")
@@ -45,7 +45,7 @@ def phases(job: Job, sizes: Row) -> Phases:
         row["forward_per_s"] = 1e3 * job.size / row["ms"]
         at("extracting")
         options: Row = {"batch": job.size, "mesh": mesh, "progress": False, "workers": available_cores()}
-        extract._compiled = lambda *_: compiled  # else it is compiled a second time
+        flow.compiled = lambda *_: compiled  # else it is compiled a second time
         for turn in range(2):  # the files of the set are in memory the second time
             report = extract.extract(source, made, root / f"out{turn}", **options)
         if report.failed:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,13 @@ ROOT = Path(__file__).parents[2]
 LAYOUT = {"flags": ((3,), "bool"), "pixels": ((4, 5), "uint16"), "one": ((), "float32")}
 
 
+class Odd(Exception):  # noqa: N818
+    """As many are: pickled with a message that it cannot be made of again."""
+
+    def __init__(self, file, why):
+        super().__init__(f"{file}: {why}")
+
+
 def work(arrays, what, value=0):
     """Done in a process of the crew."""
     if what == "write":
@@ -28,6 +36,8 @@ def work(arrays, what, value=0):
         return os.getpid()
     if what == "raise":
         raise TileSetError("a tile is bad", id=7, slide="s1")
+    if what == "odd":
+        raise Odd("tile.png", "why")
     if what == "answer":
         return lambda: None
     if what == "sleep":
@@ -111,8 +121,11 @@ def test_errors_are_raised_here_as_they_are_and_say_where(crew):
     assert "in work" in caught.value.__notes__[0]
     with pytest.raises(RuntimeError, match=r"an answer that cannot be sent: <function"):
         crew.do(0, "answer")
+    with pytest.raises(RuntimeError, match=r"an answer that cannot be sent: Odd\('tile.png: why'\)"):
+        crew.do(0, "odd")
     first = crew.do(0, "write", 1)
     assert crew.do(0, "write", 2) == first, "an error costs no process"
+    assert len(children()) == 1
 
 
 def test_a_process_that_dies_is_an_error_and_the_next_task_has_another(crew):
@@ -120,6 +133,45 @@ def test_a_process_that_dies_is_an_error_and_the_next_task_has_another(crew):
     with pytest.raises(CrewError, match=r"ended by signal 9 \(SIGKILL\): out of memory, or a crash in a codec"):
         crew.do(0, "die")
     assert crew.do(0, "write", 2) != before
+
+
+def test_one_that_died_idle_costs_nobody_a_task(crew):
+    before = crew.do(0, "write", 1)
+    os.kill(before, signal.SIGKILL)
+    time.sleep(0.2)
+    assert crew.do(0, "write", 2) != before
+
+
+def test_told_to_end_with_all_of_a_job_they_serve_who_asks_until_that_ends(crew):
+    """Slurm and systemd tell every process of a job; the run wants a few batches more before it saves."""
+    before = crew.do(0, "write", 1)
+    os.kill(before, signal.SIGTERM)
+    time.sleep(0.2)
+    assert crew.do(0, "write", 2) == before
+
+
+def test_places_that_come_back_in_the_midst_of_anything_block_nothing():
+    """Sets in cycles are given back by the garbage collector, which from Python 3.12 on may run between any two lines:
+    a lock that is held there would be waited for by its own thread."""
+    shelf, ended = Shelf({"x": ((4,), "int32")}, 40, lent=8), []
+
+    def keep_taking():
+        for _ in range(4000):
+            holder = [shelf.lend(shelf.take())]
+            holder.append(holder)
+        ended.append(True)
+
+    threads = [threading.Thread(target=keep_taking, daemon=True) for _ in range(4)]
+    before = gc.get_threshold()
+    gc.set_threshold(20)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        gc.set_threshold(*before)
+    assert len(ended) == 4
 
 
 def test_work_that_does_not_reach_the_process_is_said_to_whoever_asks():

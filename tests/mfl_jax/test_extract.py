@@ -142,6 +142,23 @@ def test_a_bad_slide_stops_no_other_and_is_done_again_alone(tmp_path):
     assert "nothing was done" in report.ledger.table()
 
 
+def test_what_is_of_failed_slides_alone_is_not_computed(tmp_path):
+    seen, made = [], encoder()
+
+    def apply(params, images, mask):
+        jax.debug.callback(lambda m: seen.append(int(m.sum())), mask)
+        return made.apply(params, images, mask)
+
+    def spoil(name, row):
+        raise ValueError("a hole")
+
+    report, _ = run(
+        tmp_path, source({f"s{i}": 64 for i in range(4)}, spoil), type(made)(**{**vars(made), "apply": apply})
+    )
+    assert len(report.failed) == 4
+    assert not seen
+
+
 @pytest.mark.parametrize("row", [0, 16, 36])
 def test_wherever_a_slide_fails_its_neighbours_are_whole(row, tmp_path):
     def spoil(name, at):

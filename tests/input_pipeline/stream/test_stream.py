@@ -44,11 +44,12 @@ def assert_true(batch, truth):
 def test_few_workers_are_threads_and_many_are_processes(toy, monkeypatch):
     with train_stream(toy.tileset(), batch=8, seed=3, threads=2) as stream:
         assert stream.executor == "threads"
-    assert executors.choose("auto", executors.FEW) == "threads"
-    assert executors.choose("auto", executors.FEW + 1) == "processes"
+    assert executors.choose("auto", executors.FEW, 10**6) == "threads"
+    assert executors.choose("auto", executors.FEW + 1, 10**6) == "processes"
+    assert executors.choose("auto", 64, executors.SHORT) == "threads"
     monkeypatch.setattr(executors.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs tensorflow"):
-        executors.choose("tfdata", 64)
+        executors.choose("tfdata", 64, 10**6)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

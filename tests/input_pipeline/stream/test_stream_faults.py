@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from input_pipeline import stream as stream_module
@@ -170,15 +172,14 @@ def test_a_missing_or_cut_shard_is_named(toy, tmp_path):
 SCRIPT = """
 import functools, sys, time
 from pathlib import Path
-import input_pipeline.stream
-from input_pipeline.stream import fetching
+from input_pipeline.stream import batches, fetching
 from input_pipeline.stream import train_stream
 from input_pipeline.tileset import TileSet
 from tests.input_pipeline.stream import test_stream_faults as faults
 
 flag = Path({flag!r})
 fetching.decode_payload = functools.partial(faults.slow, flag)
-input_pipeline.stream.fetch_apart = functools.partial(faults.slow_apart, flag)
+batches.fetch_apart = functools.partial(faults.slow_apart, flag)
 options = dict(executor={executor!r}, threads=4, prefetch=4, stall_timeout={timeout})
 stream = train_stream(TileSet.open({root!r}), batch=8, seed=0, **options)
 for _ in range(3):
@@ -254,3 +255,26 @@ def test_a_slow_consumer_is_not_a_stalled_reader(run):
 
 def test_the_toy_spec_has_every_kind_of_partner():
     assert {p.kind for p in SPEC.partners} == {"image", "map", "vector"}
+
+
+def test_closed_by_another_thread_it_lets_go_of_its_processes(toy):
+    stream = train_stream(toy.tileset(), batch=8, seed=0, executor="processes", threads=2)
+    caught = []
+
+    def consume():
+        try:
+            while True:
+                next(stream)
+        except StreamError as error:
+            caught.append(str(error))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    while not stream.step:
+        time.sleep(0.01)
+    readers = [p for p in psutil.Process().children() if "crew" in " ".join(p.cmdline())]
+    assert readers
+    stream.close()
+    consumer.join(30)
+    assert "closed" in caught[0]
+    assert not psutil.wait_procs(readers, timeout=10)[1]

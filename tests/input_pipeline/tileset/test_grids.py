@@ -70,8 +70,8 @@ def test_tfds_opens_it(root):
         np.testing.assert_array_equal(one["he"], grid(i))
 
 
-@pytest.mark.parametrize("executor", ["threads", "tfdata"])
-def test_streams_of_either_executor_hold_what_was_written(root, executor):
+@pytest.mark.parametrize("executor", ["threads", "processes", "tfdata"])
+def test_streams_of_every_executor_hold_what_was_written(root, executor):
     with TileSet.open(root) as tiles:
         options = {"executor": executor, "threads": 2, "columns": ("tiles",)}
         with train_stream(tiles, batch=4, seed=1, near_um=1500, far_um=3000, **options) as stream:
