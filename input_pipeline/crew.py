@@ -38,7 +38,7 @@ SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THRE
 PROGRAM = "import sys; sys.path[:] = {path!r}; from input_pipeline.crew import serve; serve(*map(int, sys.argv[1:]))"
 
 
-class CrewError(RuntimeError):
+class CrewError(OSError):
     """A process of the crew died."""
 
 
