@@ -80,7 +80,14 @@ def _features(options: argparse.Namespace) -> tuple[Path, bool]:
         if options.tile_size is not None:
             raise ValueError("--tile-size is for files of features: with --run or --weights the encoder says it")
         features = options.out / "features"
-        return features, bool(extracted(options, features).failed)
+        report = extracted(options, features)
+        asked = {row["slide_id"] for row in report.rows}
+        if others := sorted(path.stem for path in features.glob("*.h5") if path.stem not in asked):
+            say(
+                f"{len(others)} slides of earlier calls are in {features}, and in the set as well: {others[0]}, ...; "
+                "delete their files to leave them out"
+            )
+        return features, bool(report.failed)
     if options.default_mpp is not None:
         raise ValueError("--default-mpp is for slides, with --run or --weights: a folder of features takes --mpp")
     try:

@@ -197,6 +197,11 @@ def test_regions_from_slides(drawn, encoder_folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 done, 1 empty, 0 failed (3 were done before)" in printed
     assert grids(tmp_path / "one").keys() == {"a", "b", "broken"}
+    (folder / "broken.png").unlink()
+    capsys.readouterr()
+    assert mfl(*arguments) == 0
+    assert "1 slides of earlier calls are in" in capsys.readouterr().err
+    assert grids(tmp_path / "one").keys() == {"a", "b", "broken"}
 
 
 def test_regions_from_a_table_of_slides_have_its_labels(drawn, encoder_folder, tmp_path):
