@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import weakref
 from collections import deque
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.pool import end_with
+from input_pipeline.pool import ONE_THREAD_EACH, end_with
 
 Layout = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape and dtype
 Arrays = dict[str, np.ndarray]
@@ -34,7 +35,6 @@ Work = Callable[..., Any]  # work(arrays of a place, *task)
 FEW = 4  # workers: as many threads are as fast as processes, and start at once
 ALIGNED = 64
 PATIENCE = 5.0  # seconds for a process to end by itself, when nobody asks any more
-SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 PROGRAM = "import sys; sys.path[:] = {path!r}; from input_pipeline.crew import serve; serve(*map(int, sys.argv[1:]))"
 
 
@@ -179,6 +179,7 @@ class Crew:
         for member in list(self._all):
             with contextlib.suppress(OSError):
                 member.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)  # for their words, before this process may end
 
     def close(self) -> None:
         """Nobody may be asking."""
@@ -200,8 +201,8 @@ class _Member:
         files = (theirs.fileno(), life.fileno(), shelf.file)
         path = [entry for entry in sys.path if isinstance(entry, str)]
         command = [sys.executable, "-c", PROGRAM.format(path=path), *map(str, files)]
-        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": os.environ | SINGLE, "start_new_session": True}
-        self.process = subprocess.Popen(command, pass_fds=files, **options)
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": os.environ | ONE_THREAD_EACH}
+        self.process = subprocess.Popen(command, pass_fds=files, start_new_session=True, **options)
         theirs.close()
         life.close()
         with contextlib.suppress(OSError):  # it died: the first question says so

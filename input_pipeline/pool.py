@@ -19,6 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 RUNNERS = ("local", "beam")
+ONE_THREAD_EACH = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1"
+)  # for the environment of processes, of which there are as many as cores
 SLIDES_PER_POOL = 25  # a core; then its processes are replaced: what a C library leaks cannot add up over a cohort
 
 
@@ -108,9 +111,8 @@ def _processes(function: Callable[[Any], Any], items: Sequence[Any], workers: in
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes of one thread each: spawned, since a fork of threads may deadlock. They live as long as the far end of
     a pipe is open here: the system closes it whatever ends this process, we close it when something goes wrong."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+    before = {name: os.environ.get(name) for name in ONE_THREAD_EACH}
+    os.environ.update(ONE_THREAD_EACH)
     context = multiprocessing.get_context("spawn")
     theirs, ours = context.Pipe(duplex=False)
     # max_tasks_per_child of ProcessPoolExecutor is known to deadlock

@@ -95,8 +95,9 @@ def run(
     rows = sharding.rows_for(batch, mesh)
     layout, flying = source.layout(rows), deque[tuple[Batch, Future]]()
     ahead = workers + -(-rows // PART)  # parts; in batches:
-    shelf = Shelf({"he": layout}, -(-ahead * PART // rows) + 2 + DEPTH + 1, shared=workers > FEW)
-    crew = Crew(SlidesApart([job.entry.open for job in work]), shelf) if workers > FEW else None
+    apart = workers > FEW
+    shelf = Shelf({"he": layout}, -(-ahead * PART // rows) + 2 + DEPTH + 1, shared=apart)
+    crew = Crew(SlidesApart([job.entry.open for job in work]), shelf) if apart else None
     device = Device(encoder, layout, mesh)
     start = perf_counter()
 

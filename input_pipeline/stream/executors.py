@@ -18,7 +18,7 @@ from input_pipeline.crew import FEW
 
 Work = Callable[[int], None]
 Done = Generator[int, None, None]
-SHORT = 256
+SHORT = 256  # pieces of work
 NAMES = ("auto", "threads", "processes", "tfdata")
 
 

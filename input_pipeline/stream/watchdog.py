@@ -4,7 +4,6 @@ import faulthandler
 import os
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable
 
@@ -59,7 +58,6 @@ def _end(state: _State) -> None:
     try:
         os.write(2, message.encode())
         state.before()
-        time.sleep(0.2)  # for the others' words
         faulthandler.dump_traceback(file=2, all_threads=True)
         sys.stdout.flush()
     finally:

@@ -124,9 +124,10 @@ def _what(content: Mapping[str, Any]) -> Html | None:
 def _pairs(page: _Page) -> Html | None:
     rows = page.results.get("registration", [])
     shown = [item for item in rows if item.get("picture")]
-    states = {True: "registered", False: "refused", None: "registered"}
-    captions = [f"{item['slide']}, {item['partner']}: {states[item.get('passed')]}" for item in shown]
-    figures = [page.figure({"caption": said, **item}) for said, item in zip(captions, shown, strict=True)]
+    figures = []
+    for item in shown:
+        state = "refused" if item.get("passed") is False else "registered"
+        figures.append(page.figure({"caption": f"{item['slide']}, {item['partner']}: {state}", **item}))
     return (
         join(
             _sheet("pairs")(page),

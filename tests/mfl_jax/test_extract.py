@@ -33,6 +33,17 @@ def features(out, name):
         return file["features"][:], file["coords"][:]
 
 
+def watched(seen):
+    """An encoder that keeps the mask of every batch that it computes."""
+    made = encoder()
+
+    def apply(params, images, mask):
+        jax.debug.callback(lambda m: seen.append(np.array(m)), mask)
+        return made.apply(params, images, mask)
+
+    return type(made)(**{**vars(made), "apply": apply})
+
+
 def states(out):
     with open(out / "status.csv", newline="") as file:
         return {row["slide_id"]: row["state"] for row in csv.DictReader(file)}
@@ -99,14 +110,7 @@ def test_half_precision_is_the_rounding_of_the_features(tmp_path):
 
 def test_tiles_of_many_slides_share_a_batch_and_padding_is_masked(tmp_path):
     seen = []
-    made = encoder()
-
-    def apply(params, images, mask):
-        jax.debug.callback(lambda m: seen.append(np.array(m)), mask)
-        return made.apply(params, images, mask)
-
-    watched = type(made)(**{**vars(made), "apply": apply})
-    run(tmp_path, source(COUNTS), watched, batch=32)
+    run(tmp_path, source(COUNTS), watched(seen), batch=32)
     assert [m.sum() for m in seen] == [32, 32, 29]
     assert {len(m) for m in seen} == {32}
     assert seen[2][:29].all()
@@ -143,18 +147,12 @@ def test_a_bad_slide_stops_no_other_and_is_done_again_alone(tmp_path):
 
 
 def test_what_is_of_failed_slides_alone_is_not_computed(tmp_path):
-    seen, made = [], encoder()
-
-    def apply(params, images, mask):
-        jax.debug.callback(lambda m: seen.append(int(m.sum())), mask)
-        return made.apply(params, images, mask)
+    seen = []
 
     def spoil(name, row):
         raise ValueError("a hole")
 
-    report, _ = run(
-        tmp_path, source({f"s{i}": 64 for i in range(4)}, spoil), type(made)(**{**vars(made), "apply": apply})
-    )
+    report, _ = run(tmp_path, source({f"s{i}": 64 for i in range(4)}, spoil), watched(seen))
     assert len(report.failed) == 4
     assert not seen
 

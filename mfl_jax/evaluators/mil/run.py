@@ -158,7 +158,7 @@ def _arm(
 ) -> Arm:
     shape = (len(table.slides),) if target.outputs == 1 else (len(table.slides), target.outputs)
     total, count, chosen, used, per_fold = np.zeros((seeds, *shape)), np.zeros(len(table.slides)), {}, {}, {}
-    asked: list[int] = []
+    counted: list[int] = []
     for k, fold in enumerate(folds):
         mine = [j for j, p in enumerate(planned) if p[0] == k]
         grid = list(dict.fromkeys(planned[j][3] for j in mine))
@@ -167,7 +167,7 @@ def _arm(
         if not math.isfinite(mean[best]):
             raise ValueError(f"{name}, {fold.name}: some fit's loss was never finite: scale the features, or lower lr")
         kept = [j for j in mine if planned[j][3] == best]
-        asked += kept
+        counted += kept
         every = [
             [probabilities(fitted.logits[j], target.kind) for j in kept if planned[j][2] == s] for s in range(seeds)
         ]
@@ -180,7 +180,7 @@ def _arm(
         used[fold.name] = jax.tree.map(lambda leaf, kept=kept: leaf[kept], fitted.params)
     tested = np.flatnonzero(count)
     stack = total[:, tested] / count[tested].reshape(-1, *[1] * (len(shape) - 1))
-    notes = _unfinished(fitted.curves[asked])
+    notes = _unfinished(fitted.curves[counted])
     notes += () if count.max() == 1 else ("slides are tested in several folds: their predictions are averaged",)
     result = _result(table, folds, tested, stack.mean(0), options, mode, notes)
     of_seed = tuple(_values(table, folds, tested, scores) for scores in stack)

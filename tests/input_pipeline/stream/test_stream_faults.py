@@ -22,6 +22,7 @@ from input_pipeline.tileset import writer as tileset_write
 from input_pipeline.tileset.spec import decode_payload
 from tests.input_pipeline.stream.fixtures import SPEC, build, toy_fixture  # noqa: F401
 from tests.input_pipeline.stream.test_stream import EXECUTORS, assert_same, take
+from tests.input_pipeline.test_crew import children
 
 CRC, NO_IMAGE, WRONG_SIZE, WRONG_CHANNELS, NAN = 10, 20, 40, 45, 80
 BAD = {CRC, NO_IMAGE, WRONG_SIZE, WRONG_CHANNELS, NAN}
@@ -272,7 +273,7 @@ def test_closed_by_another_thread_it_lets_go_of_its_processes(toy):
     consumer.start()
     while not stream.step:
         time.sleep(0.01)
-    readers = [p for p in psutil.Process().children() if "crew" in " ".join(p.cmdline())]
+    readers = children()
     assert readers
     stream.close()
     consumer.join(30)
