@@ -80,7 +80,7 @@ def attended(run: Trained, he: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             f"{run.path} has the encoder {run.config.encoder!r}, which has no attention: it takes a ViT over tiles, or "
             "a grid_vit over regions"
         )
-    params, _ = part_of(run)
+    params, _ = jax.device_get(part_of(run))  # a few tiles: every device would make the same of them
     seen = jax.jit(lambda images: view(jax.random.key(0), images))(he)
     maps = jax.jit(lambda params, x: attend(params, x, dtype=dtype))(params, seen)
     return np.asarray(seen), np.asarray(maps)

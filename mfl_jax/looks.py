@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import ndimage
 
-from mfl_jax import arms, trained
+from mfl_jax import arms, sharding, trained
 from mfl_jax.evaluators import probe, saliency
 from mfl_jax.evaluators.tasks import Task
 from mfl_jax.report import pictures as sheets
@@ -112,13 +112,14 @@ def section(
     he = decoded(tileset, ids, "he")
     masks = _fitted(truth.masks(decoded(tileset, ids, truth.partner)), he.shape[1]) if truth else None
     maps: dict[str, np.ndarray] = {}
+    mesh = sharding.make_mesh()
     for name, encoder in encoders.items():
-        run = trained.open_run(encoder.path)
+        run = trained.open_run(encoder.path, mesh)
         if arms.partners_of_embed(run, feature):
             continue
         direction = probe.evaluate(encoder.features, columns, tileset.splits, task, resamples=0).direction
         assert direction is not None
-        options: dict[str, Any] = {"feature": feature, "steps": STEPS}
+        options: dict[str, Any] = {"feature": feature, "steps": STEPS, "mesh": mesh}
         maps[name] = saliency.maps_of(run.method.embed, run.params, run.extra, he, direction, **options)
     if not maps:
         raise NothingToShow("every arm sees the partner when it is used")

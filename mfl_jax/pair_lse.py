@@ -35,9 +35,10 @@ def pair_lse(
     size, devices = a.shape[0], 1 if mesh is None else mesh.shape[axis]
     if size % devices:
         raise ValueError(f"a batch of {size} rows cannot be shared by {devices} devices along {axis!r}")
-    block = block or size // devices
-    if (size // devices) % block:
-        raise ValueError(f"block={block} must divide the {size // devices} rows of a device")
+    own = size // devices
+    block = min(block or own, own)
+    if own % block:
+        raise ValueError(f"block={block} must divide the {own} rows of a device")
     index = jnp.arange(size, dtype=jnp.int32)
     group = index if group is None else group.astype(jnp.int32)
     mask = jnp.ones(size, bool) if mask is None else mask.astype(bool)

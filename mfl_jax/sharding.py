@@ -1,5 +1,6 @@
 """The mesh, where a batch lies on it, and batches put there ahead of the step that needs them."""
 
+import contextlib
 import re
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -32,6 +33,19 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise ValueError(f"a mesh of {sizes} needs {np.prod(list(sizes.values()))} devices; there are {len(devices)}")
     types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+
+
+def mesh_for(rows: int, shape: Mapping[str, int]) -> Mesh:
+    """A mesh of all devices. Those of a CPU are its cores, which other devices use as well (process.py): of them it has
+    as many as `rows` divide over, the same number of each process."""
+    if jax.default_backend() == "cpu":
+        own = [jax.local_devices(process) for process in range(jax.process_count())]
+        for count in range(min(map(len, own)), 0, -1):
+            with contextlib.suppress(ValueError):  # of a shape that so many do not fit
+                mesh = make_mesh(shape, [device for devices in own for device in devices[:count]])
+                if rows % mesh.shape[DATA] == 0:
+                    return mesh
+    return make_mesh(shape)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -18,6 +18,7 @@ from typing import Any
 from input_pipeline.files import only_one, whole
 from mfl_jax import config as configs
 from mfl_jax import data, metrics, train, trained
+from mfl_jax.process import DEVICES
 from mfl_jax.trained import RunError
 
 TRAIN = "import sys; from mfl_jax.cli import command; sys.exit(command())"
@@ -131,6 +132,7 @@ def local(jobs: Sequence[Job], side_by_side: int = 1, environment: Mapping[str, 
     limit = dict(environment)
     if side_by_side > 1:
         limit |= {
+            DEVICES: "1",
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }

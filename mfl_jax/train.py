@@ -84,12 +84,13 @@ def plan(
     if not 0 <= reading.ema < 1:
         raise ValueError(f"ema is {reading.ema}; it is 0 (off) or a decay below 1, such as 0.999")
     check_writers(tuple(reading.writers))
-    mesh = sharding.make_mesh(dict(reading.mesh.items()))
-    pieces = mesh.shape[sharding.DATA] * loop["accumulate"]
-    if loop["batch"] % pieces:
+    rows, rest = divmod(loop["batch"], loop["accumulate"])
+    mesh = sharding.mesh_for(rows, dict(reading.mesh.items()))
+    if rest or rows % mesh.shape[sharding.DATA]:
+        devices = "" if rest else f"{mesh.shape[sharding.DATA]} devices x "
         raise ValueError(
-            f"data.batch is {loop['batch']}, which is not a multiple of {mesh.shape[sharding.DATA]} devices x "
-            f"{loop['accumulate']} accumulated slices"
+            f"data.batch is {loop['batch']}, which is not a multiple of {devices}{loop['accumulate']} accumulated "
+            "slices"
         )
     given, facts = facts is not None, facts or data.facts(reading.data)
     total = data.total_steps(reading.total, loop["batch"], facts.examples)

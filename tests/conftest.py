@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.pop("JAX_NUM_CPU_DEVICES", None)  # tests say themselves how many there are
+
 DATA = Path(os.environ.get("MFL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

@@ -6,14 +6,14 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from mfl_jax import heap
+from mfl_jax import process
 from mfl_jax.cli import cohorts, features, mil, regions, search, slides, training
 from mfl_jax.cli.parts import add_command
 
 
 def command() -> int:
     """`mfl`, in a process of its own."""
-    heap.keep()
+    process.settle()
     return main()
 
 

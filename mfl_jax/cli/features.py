@@ -39,7 +39,11 @@ def add_encoder(command: argparse.ArgumentParser, *, required: bool) -> None:
     which.add_argument(
         "--weights", type=Path, help="a folder with config.json and model.safetensors, of ours, timm, DINO, HIPT"
     )
-    command.add_argument("--batch", type=int, help="tiles at a time, over all devices (default 256; on a CPU 16 or 64)")
+    command.add_argument(
+        "--batch",
+        type=int,
+        help="tiles at a time, over all devices (default 256; on a CPU 8, or 64 where tiles are small)",
+    )
     command.add_argument("--default-mpp", type=float, help="um per px of slides that do not say")
 
 

@@ -25,7 +25,7 @@ from input_pipeline.files import whole
 from input_pipeline.pool import available_cores
 from input_pipeline.tileset import TileSet
 from mfl_jax import arms as runs_on_disk
-from mfl_jax import compare, evaluation, heap, report, sharding, trained
+from mfl_jax import compare, evaluation, process, report, sharding, trained
 from mfl_jax import config as configs
 from mfl_jax.bags import Bags, Table, from_embedded, of_cases, read_table, with_cases
 from mfl_jax.demo import keep_programs
@@ -92,7 +92,7 @@ def options(doc: str, out: str) -> Work:
     parser.add_argument("--size", choices=tuple(SCALES), default="small")
     parser.add_argument("--seed", type=int, default=0, help="of the slides that are drawn")
     given, _ = parser.parse_known_args()
-    heap.keep()
+    process.settle()
     return Work(given.out, SCALES[given.size], given.size, given.seed)
 
 

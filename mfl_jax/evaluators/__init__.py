@@ -116,8 +116,6 @@ def make(reading: Any, facts: "Facts", mesh: jax.sharding.Mesh) -> tuple[Evaluat
         if (has := data.of_spec(tileset.spec)) != (wants := data.of_facts(facts)):
             told = f"{data.in_words(*has)}; the encoder is trained on {data.in_words(*wants)}"
             raise ValueError(f"evals.{name}.tileset has {told}")
-        if part.batch % mesh.shape["data"]:
-            raise ValueError(f"evals.{name}.batch is {part.batch}, not a multiple of {mesh.shape['data']} devices")
         key = (part.tileset, part.batch, partners)
         passes.setdefault(key, Pass(tileset, part.batch, partners, mesh, facts.train_cases))
         try:

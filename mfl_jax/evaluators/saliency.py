@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
+from mfl_jax import sharding
 from mfl_jax.evaluators.embed import Embed
 from mfl_jax.evaluators.results import floats, mean_score, value_metrics
 from mfl_jax.statistics import Interval
@@ -80,8 +82,10 @@ def maps_of(
     batch: int = 16,
     steps: int = 32,
     patch: int = 0,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """float32 [N, H, W] of any method: what in the tiles (uint8) raises features @ direction, e.g. Result.direction.
+    Tiles are spread over `mesh`, that which the parameters lie on.
 
     The baseline, and what hides a patch, is white: glass without tissue. patch 0 is a quarter of the side.
     """
@@ -90,12 +94,13 @@ def maps_of(
     patch = patch or max(2, he.shape[1] // 4)
     run = functools.partial(_maps, embed, feature, method, steps, patch)
     jitted = jax.jit(run)
-    found = []
+    batch, found = batch if mesh is None else sharding.rows_for(batch, mesh), []
     for start in range(0, len(he), batch):
         part = he[start : start + batch]
         padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), 0)])
         images = padded.astype(np.float32) / 255  # views take fractions of white as they take bytes
-        found.append(np.asarray(jitted(params, extra, images, np.float32(direction)))[: len(part)])
+        placed = images if mesh is None else sharding.put({"he": images}, mesh)["he"]
+        found.append(np.asarray(jitted(params, extra, placed, np.float32(direction)))[: len(part)])
     return np.concatenate(found)
 
 

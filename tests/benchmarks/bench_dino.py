@@ -60,9 +60,9 @@ def built(who: str, kind: str, args: argparse.Namespace, batch: int) -> Side:
 
 def work(names: list[str], kind: str, args: argparse.Namespace) -> None:
     """Both sides in turn, or one alone; a line a row."""
-    from mfl_jax import heap
+    from mfl_jax import process
 
-    heap.keep()  # as `mfl train` does
+    process.settle()  # as `mfl train` does
     batch = args.batch or (2 if args.tiny else BATCH[kind][args.device])
     sides = {}
     for who in names:

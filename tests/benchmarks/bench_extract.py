@@ -20,12 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from input_pipeline import cohort, tile
 from input_pipeline.pool import available_cores
-from mfl_jax import encoder, heap, models, slides
+from mfl_jax import encoder, models, process, sharding, slides
 from mfl_jax.encoder import Encoder
 from mfl_jax.extract import extract, usual_batch
 from mfl_jax.interop import weights
@@ -73,8 +72,9 @@ def ours(source: slides.Source, made: Encoder, out: Path, batch: int) -> float:
 
 
 def forward(made: Encoder, batch: int, rounds: int) -> float:
-    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, made.size, made.size, 3), np.uint8))
-    mask, run = jnp.ones(batch, bool), jax.jit(made.apply)
+    images = np.random.default_rng(0).integers(0, 256, (batch, made.size, made.size, 3), np.uint8)
+    given, run = sharding.put({"he": images, "mask": np.ones(batch, bool)}, sharding.make_mesh()), jax.jit(made.apply)
+    images, mask = given["he"], given["mask"]
     run(made.params, images, mask).block_until_ready()
     begin = time.perf_counter()
     for _ in range(rounds):
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tileset", type=Path)
     arguments = parser.parse_args()
+    process.spread()
     arguments.batch = arguments.batch or usual_batch(arguments.tile)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -173,7 +174,7 @@ def main() -> None:
         compare(root, source, features, out)
         for batch in arguments.peer_batches:
             best[f"torch's network alone, {batch}"] = torch_forward(run, batch, arguments.tile)
-        heap.keep()  # as `mfl extract` does
+        process.keep_memory()  # as `mfl extract` does; not while torch is measured
         best[f"our network alone, {arguments.batch}"] = forward(made, arguments.batch, 5)
         print(f"{len(features)} tiles of {arguments.tile} px, {arguments.arch}, {available_cores()} cores")
         for label, value in best.items():

@@ -25,7 +25,7 @@ import numpy as np
 
 from input_pipeline.tileset import Partner, Record, Spec, finish, write_slide
 from mfl_jax import config as configs
-from mfl_jax import heap, sharding, train, watch
+from mfl_jax import process, sharding, train, watch
 from mfl_jax.checkpoint import Checkpoints
 
 SLIDES = 8
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=2048)
     parser.add_argument("--side", type=int, default=64)
     args = parser.parse_args()
-    heap.keep()  # as `mfl train` does
+    process.settle()  # as `mfl train` does
     with tempfile.TemporaryDirectory() as folder:
         root, spent = Path(folder), defaultdict[str, float](float)
         config = configs.load(args.config)

@@ -23,7 +23,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch has its
 import jax
 import numpy as np
 
-from mfl_jax import heap
+from mfl_jax import process
 from mfl_jax.bags import Table
 from mfl_jax.evaluators.mil import Settings, nested
 from mfl_jax.evaluators.mil.fit import fit_all, pack
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--peer-threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--together", type=int, help="fits side by side (default: by memory)")
     args = parser.parse_args()
-    heap.keep()  # as `mfl mil` does
+    process.settle()  # as `mfl mil` does
     features, offsets, table = made_up(args.bags, args.tiles, args.dim)
     folds = nested(table, outer=args.folds, inner=args.folds)
     fits = [fit for *_, fit in plan(folds, args.seeds, (1e-3,), (0.0,), 0)][: args.fits]

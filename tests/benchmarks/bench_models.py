@@ -4,8 +4,8 @@
 
 The two take turns, and the smallest time of each counts, so that a busy machine disturbs both alike; still, figures at
 a load above the number of cores say little. --one-core pins the process to one core and counts CPU time in place of
-wall time, which other processes disturb less; a thread that spins counts as work there. The process keeps the memory
-that it has freed (mfl_jax.heap), as `mfl` does; --plain-heap leaves that to glibc.
+wall time, which other processes disturb less; a thread that spins counts as work there. The process keeps its memory
+and spreads the batch over a device a core (mfl_jax.process), as `mfl train` does; --plain leaves both out.
 """
 
 import argparse
@@ -13,24 +13,27 @@ import os
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mfl_jax import heap, losses
+from mfl_jax import losses, process, sharding
 from mfl_jax.models import make
 
 PIXELS = 64
 
 
-def our_step(spec: str, x: np.ndarray):
+def our_step(spec: str, pairs: np.ndarray):
+    """Of pairs [batch, 2, H, W, 3]: both views of a pair lie on one device."""
     model, tx = make(spec), optax.adamw(1e-4, weight_decay=0.05)
-    params, stats = model.init(jax.random.key(0), x)
-    state = [params, stats, tx.init(params)]
+    mesh = sharding.mesh_for(len(pairs), {"data": -1})
+    x = sharding.put({"x": pairs}, mesh)["x"]
+    params, stats = model.init(jax.random.key(0), pairs[0])
+    state = jax.device_put([params, stats, tx.init(params)], NamedSharding(mesh, PartitionSpec()))
 
     def loss(params, stats, x):
-        z, stats = model.apply(params, stats, x, train=True)
-        return losses.info_nce(*jnp.split(z, 2))[0], stats
+        z, stats = model.apply(params, stats, x.reshape(-1, *x.shape[2:]), train=True)
+        return losses.info_nce(z[::2], z[1::2])[0], stats
 
     @jax.jit
     def step(params, stats, opt, x):
@@ -40,7 +43,7 @@ def our_step(spec: str, x: np.ndarray):
 
     def run():
         *state[:], value = step(*state, x)
-        jax.block_until_ready(value)
+        jax.block_until_ready((state, value))
 
     return run
 
@@ -112,7 +115,7 @@ def torch_models(torch):
     return {"vit_ti8": ViT, "compact": compact, "resnet18": resnet18}
 
 
-def torch_step(name: str, x: np.ndarray, one_core: bool):
+def torch_step(name: str, pairs: np.ndarray, one_core: bool):
     try:
         import torch
     except ImportError:
@@ -120,8 +123,9 @@ def torch_step(name: str, x: np.ndarray, one_core: bool):
     torch.set_num_threads(1 if one_core else os.cpu_count() or 1)
     f, model = torch.nn.functional, torch_models(torch)[name]().to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.05)
-    images = torch.tensor(x.transpose(0, 3, 1, 2)).contiguous(memory_format=torch.channels_last)
-    right = torch.arange(len(x) // 2)
+    x = np.concatenate([pairs[:, 0], pairs[:, 1]]).transpose(0, 3, 1, 2)
+    images = torch.tensor(x).contiguous(memory_format=torch.channels_last)
+    right = torch.arange(len(pairs))
 
     def run():
         optimiser.zero_grad()
@@ -139,19 +143,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="pairs")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--one-core", action="store_true")
-    parser.add_argument("--plain-heap", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     args = parser.parse_args()
-    if not args.plain_heap:
-        heap.keep()
     clock = time.process_time if args.one_core else time.perf_counter
     if args.one_core:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
+    if not args.plain:
+        process.settle()
     print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, {args.batch} pairs at {PIXELS} px, float32")
     print(f"{'model':>10} {'ours ms':>8} {'torch ms':>9} {'torch/ours':>10}")
-    x = np.random.default_rng(0).standard_normal((2 * args.batch, PIXELS, PIXELS, 3)).astype(np.float32)
+    pairs = np.random.default_rng(0).standard_normal((args.batch, 2, PIXELS, PIXELS, 3)).astype(np.float32)
     for name in args.models:
-        theirs, _ = torch_step(name, x, args.one_core)
-        runs = [run for run in (our_step(name, x), theirs) if run]
+        theirs, _ = torch_step(name, pairs, args.one_core)
+        runs = [run for run in (our_step(name, pairs), theirs) if run]
         times: list[list[float]] = [[] for _ in runs]
         for run in runs:
             run()

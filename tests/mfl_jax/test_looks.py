@@ -64,7 +64,7 @@ def encoders_fixture(tileset, monkeypatch):
     runs = {
         str(c): SimpleNamespace(method=SimpleNamespace(embed=embed), params={"channel": c}, extra={}) for c in (0, 2)
     }
-    monkeypatch.setattr(looks.trained, "open_run", lambda path: runs[path.name])
+    monkeypatch.setattr(looks.trained, "open_run", lambda path, mesh: runs[path.name])
     monkeypatch.setattr(looks.arms, "partners_of_embed", lambda run, feature: ())
     he = looks.decoded(tileset, np.arange(len(tileset)), "he") / 255
     made = {}

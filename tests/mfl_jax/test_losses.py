@@ -239,6 +239,11 @@ def test_a_batch_that_cannot_be_blocked_is_refused():
         losses.info_nce(draw(16, 4), draw(16, 4), block=5)
 
 
+def test_a_block_of_more_rows_than_a_device_has_is_all_of_them():
+    a, b = draw(16, 4), draw(16, 4)
+    np.testing.assert_allclose(losses.info_nce(a, b, block=32)[0], losses.info_nce(a, b)[0], rtol=1e-6)
+
+
 def test_blocked_info_nce_holds_no_square_of_the_batch():
     def memory(size, block):
         x = jax.ShapeDtypeStruct((size, 16), jnp.float32)

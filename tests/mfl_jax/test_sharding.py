@@ -14,7 +14,7 @@ from mfl_jax.sharding import batch_sharding, make_mesh, place, prefetch, put
 
 EIGHT = """
 import jax, jax.numpy as jnp, numpy as np
-from mfl_jax.sharding import batch_sharding, make_mesh, prefetch
+from mfl_jax.sharding import batch_sharding, make_mesh, mesh_for, prefetch
 mesh = make_mesh({"data": -1, "model": 2})
 assert dict(mesh.shape) == {"data": 4, "model": 2}, mesh
 rows = {"he": np.arange(16 * 3, dtype=np.uint8).reshape(16, 3), "name": np.array(["a"] * 16)}
@@ -37,6 +37,18 @@ except ValueError as error:
     assert "8 devices" in str(error), error
 else:
     raise SystemExit("3 of 8 devices were not refused")
+for rows, shape, expected in [
+    (16, {"data": -1}, {"data": 8}), (12, {"data": -1}, {"data": 6}), (7, {"data": -1}, {"data": 7}),
+    (11, {"data": -1}, {"data": 1}), (12, {"data": 2}, {"data": 2}),
+    (10, {"data": -1, "model": 3}, {"data": 2, "model": 3}),
+]:
+    assert dict(mesh_for(rows, shape).shape) == expected, (rows, shape, mesh_for(rows, shape))
+try:
+    mesh_for(16, {"data": 9})
+except ValueError as error:
+    assert "8" in str(error), error
+else:
+    raise SystemExit("9 of 8 devices were not refused")
 print("eight devices are right")
 """
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfl_jax import statistics
+from mfl_jax import sharding, statistics
 from mfl_jax.evaluators import saliency
 
 SIDE = 16
@@ -31,7 +31,10 @@ def embed(params, extra, batch):
 @pytest.mark.parametrize("method", saliency.METHODS)
 def test_a_linear_model_points_at_the_planted_square(method):
     he, masks = planted()
-    maps = saliency.maps_of(embed, {}, {}, he, np.array([1.0, 0.0]), method=method, batch=8, steps=4, patch=4)
+    options = {"method": method, "batch": 8, "steps": 4, "patch": 4}
+    maps = saliency.maps_of(embed, {}, {}, he, np.array([1.0, 0.0]), **options)
+    spread = saliency.maps_of(embed, {}, {}, he, np.array([1.0, 0.0]), mesh=sharding.make_mesh(), **options)
+    np.testing.assert_array_equal(spread, maps)
     assert maps.shape == masks.shape
     found = saliency.score_maps(maps, masks, np.repeat(["a", "b", "c"], 4), resamples=100)
     assert found.metrics["auc"].low > 0.9

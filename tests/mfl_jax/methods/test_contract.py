@@ -207,10 +207,10 @@ def curve(count, **more):
     config = synthetic.tiny(*sys.argv[1:3], total__steps=20, **more)
     config.optim.name, config.optim.lr = "sgd", 2e-3 if "trident" in sys.argv[1] else 1e-2
     facts = synthetic.facts(config.data)
-    devices, make = jax.devices()[:count], sharding.make_mesh
-    train.sharding.make_mesh = lambda shape: make(shape, devices)
+    devices, make, usual = jax.devices()[:count], sharding.make_mesh, sharding.mesh_for
+    train.sharding.mesh_for = lambda rows, shape: make(shape, devices)
     run = train.plan(config, source=synthetic.Source(facts), facts=facts)
-    train.sharding.make_mesh = make
+    train.sharding.mesh_for = usual
     places, like, example = train._shapes(run)
     class Empty:
         def restore(self, like): return None

@@ -119,6 +119,47 @@ def test_gelu_against_its_definition():
     np.testing.assert_allclose(slope, share + wide * density, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("some", [False, True])
+def test_attention_and_its_gradient_against_those_that_jax_derives(some):
+    def plain(qkv):
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+        logits = q @ k.swapaxes(-1, -2) / np.sqrt(qkv.shape[-1])
+        if some:
+            logits = jnp.where(there[:, None, None], logits, -jnp.inf)
+        return (jax.nn.softmax(logits) @ v).transpose(0, 2, 1, 3)
+
+    qkv, slope = noise(3, 7, 3, 2, 5), noise(3, 7, 2, 5)
+    there = np.arange(7) < np.array([[7], [1], [4]]) if some else None
+    found, back = jax.vjp(lambda x: layers.attend(x, there), qkv)
+    expected, derived = jax.vjp(plain, qkv)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(back(slope)[0], derived(slope)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_what_all_keys_share_does_not_show_in_the_gradient_of_rounded_queries():
+    """A softmax is blind to it; in bfloat16 it is only as long as the rows of the gradient of the logits sum to 0."""
+    draw = np.random.default_rng(0)
+    qkv = draw.normal(size=(2, 33, 3, 2, 32)) + np.array([0, 3, 3])[:, None, None]
+    slope = draw.normal(size=(2, 33, 2, 32))
+    of = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        rounded = jnp.asarray(qkv, jnp.bfloat16).astype(dtype)
+        back = jax.jit(lambda x: jax.vjp(layers.attend, x)[1](jnp.asarray(slope, jnp.bfloat16).astype(x.dtype))[0])
+        of[dtype] = np.asarray(back(rounded), np.float32)[:, :, 0]
+    wrong = np.linalg.norm(of[jnp.bfloat16] - of[jnp.float32]) / np.linalg.norm(of[jnp.float32])
+    assert wrong < 0.03
+
+
+@pytest.mark.parametrize(("wide", "features"), [(5, 9), (9, 5)])
+def test_a_dense_layer_and_its_gradient_against_those_that_jax_derives(wide, features):
+    dense, x, slope = layers.Dense(features), noise(2, 3, wide), noise(2, 3, features)
+    params = jax.tree.map(lambda p: p + 0.1, dense.init(KEY, x))
+    found, back = jax.vjp(jax.jit(dense.apply), params, x)
+    expected, derived = jax.vjp(lambda p, x: x @ p["params"]["kernel"] + p["params"]["bias"], params, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), back(slope), derived(slope))
+
+
 def test_groups_that_do_not_divide_the_batch_are_refused():
     module = layers.BatchNorm(groups=3)
     with pytest.raises(ValueError, match="4 rows cannot be normalised in bn_groups=3"):
