@@ -1,6 +1,7 @@
 """Layers with the numbers of timm and torch: normalisation, convolution, drop path, resizing of positions."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+MANY_ROWS, WIDE = 512, 192  # of a dense layer whose gradient is worth `product`: in a ViT, not in a convnet
 FLASH = True  # attention by cuDNN, in bfloat16 on GPUs that have it
 
 
@@ -113,7 +115,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = flat_product(x.astype(self.dtype), kernel.astype(self.dtype), product)
+        large = math.prod(x.shape[:-1]) >= MANY_ROWS and min(kernel.shape) >= WIDE
+        by = product if large and jax.default_backend() == "cpu" else jnp.matmul
+        y = flat_product(x.astype(self.dtype), kernel.astype(self.dtype), by)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
         return y
@@ -125,8 +129,8 @@ def flat_product(x: jax.Array, kernel: jax.Array, by: Callable[..., jax.Array] =
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel of [N, D], for kernels of a hundred channels and more. On a CPU the gradient of the kernel goes by a
-    transposed copy of the narrower of its two factors: XLA multiplies along the rows of both at half the speed."""
+    """x @ kernel of [N, D]. On a CPU the gradient of the kernel goes by a transposed copy of the narrower of its two
+    factors: XLA multiplies along the rows of both at half the speed."""
     return x @ kernel
 
 

@@ -150,14 +150,14 @@ def test_what_all_keys_share_does_not_show_in_the_gradient_of_rounded_queries():
     assert wrong < 0.03
 
 
-@pytest.mark.parametrize(("wide", "features"), [(5, 9), (9, 5)])
+@pytest.mark.parametrize(("wide", "features"), [(192, 200), (200, 192), (9, 5)])
 def test_a_dense_layer_and_its_gradient_against_those_that_jax_derives(wide, features):
-    dense, x, slope = layers.Dense(features), noise(2, 3, wide), noise(2, 3, features)
+    dense, x, slope = layers.Dense(features), noise(2, 300, wide), noise(2, 300, features)
     params = jax.tree.map(lambda p: p + 0.1, dense.init(KEY, x))
     found, back = jax.vjp(jax.jit(dense.apply), params, x)
     expected, derived = jax.vjp(lambda p, x: x @ p["params"]["kernel"] + p["params"]["bias"], params, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), back(slope), derived(slope))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), back(slope), derived(slope))
 
 
 def test_groups_that_do_not_divide_the_batch_are_refused():
