@@ -18,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from input_pipeline.cores import available_cores
+
 RUNNERS = ("local", "beam")
 ONE_THREAD_EACH = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1"
@@ -61,10 +63,6 @@ def run(
         for outcome in outcomes:
             bar.update()
             yield outcome
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _guarded(function: Callable[[Any], Any], item: Any) -> Outcome:

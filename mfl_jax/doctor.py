@@ -1,13 +1,14 @@
 """`mfl doctor`: what this machine has, what is missing, and the command that mends it (to be run in the clone)."""
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
 from pathlib import Path
 
 import psutil
+
+from input_pipeline.cores import available_cores
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy", "scipy", "Pillow")
 PIPELINE = ("tifffile", "imagecodecs", "scikit-image", "google-crc32c", "tensorflow-datasets", "h5py", "safetensors")
@@ -63,9 +64,8 @@ def _devices(faults: list[str]) -> list[str]:
 
 def _machine(folder: Path) -> list[str]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(folder)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
-        f"cores         {cores}",
+        f"cores         {available_cores()}",
         f"memory        {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
         f"disk          {disk.free / 2**30:.1f} GiB free at {folder.resolve()}",
     ]

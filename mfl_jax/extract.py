@@ -20,9 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from input_pipeline.cores import available_cores
 from input_pipeline.files import only_one
 from input_pipeline.ledger import Ledger
-from input_pipeline.pool import available_cores
 from input_pipeline.tile import Report, write_status_table
 from mfl_jax import flow, sharding, store
 from mfl_jax.encoder import Encoder

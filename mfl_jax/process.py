@@ -11,7 +11,7 @@ import ctypes
 import os
 import sys
 
-from input_pipeline.pool import available_cores
+from input_pipeline.cores import available_cores
 
 DEVICES = "JAX_NUM_CPU_DEVICES"  # of the environment, read when jax is imported
 OURS = "MFL_NUM_CPU_DEVICES"  # what a process of mfl has said itself: a job on another machine has other cores
@@ -27,10 +27,8 @@ def settle() -> None:
 
 def spread() -> int:
     """A device of jax a core; 0 where the user has said how many, or jax has found its devices already."""
-    said = os.environ.get(DEVICES)
-    if (said and said != os.environ.get(OURS)) or "xla_force_host_platform_device_count" in os.environ.get(
-        "XLA_FLAGS", ""
-    ):
+    said = os.environ.get(DEVICES, "") not in ("", os.environ.get(OURS))
+    if said or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return 0
     count = min(available_cores(), MOST_DEVICES)
     if "jax" not in sys.modules:

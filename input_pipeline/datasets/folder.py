@@ -21,10 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from input_pipeline import describe
+from input_pipeline.cores import available_cores
 from input_pipeline.describe import number
 from input_pipeline.files import facts as file_facts
 from input_pipeline.files import only_one
-from input_pipeline.pool import available_cores
 from input_pipeline.slides.reader import Slide, open_slide
 from input_pipeline.table import read_rows
 from input_pipeline.tileset import (

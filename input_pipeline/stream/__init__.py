@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from input_pipeline import order
+from input_pipeline.cores import available_cores
 from input_pipeline.neighbours import Neighbours
-from input_pipeline.pool import available_cores
 from input_pipeline.stream import executors
 from input_pipeline.stream.batches import Batches
 from input_pipeline.stream.fetching import BAD, Plan

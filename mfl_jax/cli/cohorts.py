@@ -30,8 +30,8 @@ def _add_phantom(commands) -> None:
 
 def phantom(options: argparse.Namespace) -> int:
     """Draw a cohort of H&E slides and their partners, as scanners write them, with all truth beside them."""
+    from input_pipeline.cores import available_cores
     from input_pipeline.phantom import write_cohort
-    from input_pipeline.pool import available_cores
 
     partners = tuple(p for p in options.partners.split(",") if p)
     table = write_cohort(
@@ -240,7 +240,7 @@ def _add_audit(commands) -> None:
 def audit(options: argparse.Namespace) -> int:
     """Cases, slides, files and near-duplicate tiles that stand on both sides; a leak makes the exit status 1."""
     from input_pipeline.audit import audit
-    from input_pipeline.pool import available_cores
+    from input_pipeline.cores import available_cores
     from input_pipeline.tileset import TileSet
 
     b = TileSet.open(options.b) if options.b else None

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 import mfl_jax
+from input_pipeline.cores import available_cores
 from input_pipeline.files import save_picture
-from input_pipeline.pool import available_cores
 from input_pipeline.show import batch_picture
 from input_pipeline.stream import train_stream
 from input_pipeline.tileset import TileSet

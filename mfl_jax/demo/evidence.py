@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 import mfl_jax
+from input_pipeline.cores import available_cores
 from input_pipeline.files import whole
-from input_pipeline.pool import available_cores
 from input_pipeline.tileset import TileSet
 from mfl_jax import arms as runs_on_disk
 from mfl_jax import compare, evaluation, process, report, sharding, trained

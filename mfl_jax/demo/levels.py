@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from input_pipeline.pool import available_cores
+from input_pipeline.cores import available_cores
 from input_pipeline.regions import Params, assemble
 from input_pipeline.tileset import TileSet
 from mfl_jax import compare, data, metrics, slide_arms, slides, store, sweep, trained

@@ -137,11 +137,12 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _product_gradient(kept, slope):
     x, kernel = kept
     if jax.default_backend() != "cpu":
-        return slope @ kernel.T, x.T @ slope
-    if kernel.shape[0] <= kernel.shape[1]:
-        return slope @ kernel.T, lax.optimization_barrier(x.T) @ slope
-    turned = lax.optimization_barrier(slope.T) @ x
-    return slope @ kernel.T, lax.optimization_barrier(turned).T
+        d_kernel = x.T @ slope
+    elif kernel.shape[0] <= kernel.shape[1]:
+        d_kernel = lax.optimization_barrier(x.T) @ slope
+    else:
+        d_kernel = lax.optimization_barrier(lax.optimization_barrier(slope.T) @ x).T
+    return slope @ kernel.T, d_kernel
 
 
 product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_gradient)

@@ -24,9 +24,9 @@ import psutil
 from scipy import ndimage
 
 from input_pipeline import cohort
+from input_pipeline.cores import available_cores
 from input_pipeline.pack import pack
 from input_pipeline.phantom import write_cohort
-from input_pipeline.pool import available_cores
 from input_pipeline.tile import Params, tile_cohort
 
 SIZE, MPP = 256, 0.5

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from input_pipeline import cohort, tile
-from input_pipeline.pool import available_cores
+from input_pipeline.cores import available_cores
 from mfl_jax import encoder, models, process, sharding, slides
 from mfl_jax.encoder import Encoder
 from mfl_jax.extract import extract, usual_batch

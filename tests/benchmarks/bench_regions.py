@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from input_pipeline.pool import available_cores
+from input_pipeline.cores import available_cores
 from input_pipeline.regions import Params, assemble
 from input_pipeline.stream import train_stream
 from input_pipeline.tileset import TileSet

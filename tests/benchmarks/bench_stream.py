@@ -18,7 +18,7 @@ import imagecodecs
 import numpy as np
 from scipy import ndimage
 
-from input_pipeline.pool import available_cores
+from input_pipeline.cores import available_cores
 from input_pipeline.stream import train_stream
 from input_pipeline.tileset import Partner, Record, Spec, TileSet, finish, tfrecord, write_slide
 

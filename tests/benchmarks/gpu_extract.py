@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from gpu_common import Job, Phases, Row, at, timed
 
-from input_pipeline.pool import available_cores
+from input_pipeline.cores import available_cores
 from input_pipeline.tileset import Record, Spec, finish, write_slide
 from mfl_jax import encoder, extract, flow, models, sharding, slides
 from mfl_jax.encoder import Encoder
