@@ -179,7 +179,7 @@ class Crew:
         for member in list(self._all):
             with contextlib.suppress(OSError):
                 member.process.send_signal(signal.SIGUSR1)
-        time.sleep(0.2)  # for their words, before this process may end
+        time.sleep(1.0)  # for their words, before this process may end: on a busy machine they take their time
 
     def close(self) -> None:
         """Nobody may be asking."""
