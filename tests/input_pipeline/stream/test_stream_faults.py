@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from input_pipeline.stream import StreamError, eval_stream, fetching, train_stre
 from input_pipeline.stream.watchdog import EXIT_CODE
 from input_pipeline.tileset import TileSet, TileSetError, tfrecord
 from input_pipeline.tileset import writer as tileset_write
-from input_pipeline.tileset.spec import decode_payload
 from tests.input_pipeline.stream.fixtures import SPEC, build, toy_fixture  # noqa: F401
 from tests.input_pipeline.stream.test_stream import EXECUTORS, assert_same, take
 from tests.input_pipeline.test_crew import children
@@ -173,14 +171,13 @@ def test_a_missing_or_cut_shard_is_named(toy, tmp_path):
 SCRIPT = """
 import functools, sys, time
 from pathlib import Path
-from input_pipeline.stream import batches, fetching
-from input_pipeline.stream import train_stream
+from input_pipeline.stream import batches, train_stream
 from input_pipeline.tileset import TileSet
 from tests.input_pipeline.stream import test_stream_faults as faults
 
-flag = Path({flag!r})
-fetching.decode_payload = functools.partial(faults.slow, flag)
-batches.fetch_apart = functools.partial(faults.slow_apart, flag)
+stalled = Path({stalled!r})
+batches.fetch = functools.partial(faults.slow, stalled, {healthy})
+batches.fetch_apart = functools.partial(faults.slow_apart, stalled, {healthy})
 options = dict(executor={executor!r}, threads=4, prefetch=4, stall_timeout={timeout})
 stream = train_stream(TileSet.open({root!r}), batch=8, seed=0, **options)
 for _ in range(3):
@@ -189,22 +186,26 @@ for _ in range(3):
 """
 
 
-def slow(flag, spec, payload, into=None):
-    time.sleep(1e6 if flag.exists() else 0.002)
-    return decode_payload(spec, payload, into)
+def slow(stalled, healthy, plan, number, batch):
+    """Batches beyond the first `healthy` hang, and say so."""
+    if number >= healthy:
+        stalled.touch()
+        time.sleep(1e6)
+    time.sleep(0.016)
+    fetching.fetch(plan, number, batch)
 
 
-def slow_apart(flag, plan, batch, number):
-    """What a process does, which imports the modules as they are."""
-    fetching.decode_payload = partial(slow, flag)
-    return fetching.fetch_apart(plan, batch, number)
+def slow_apart(stalled, healthy, plan, batch, number):
+    slow(stalled, healthy, plan, number, batch)
+    return {}
 
 
 @pytest.fixture
 def run(toy, tmp_path):
-    def run(executor, end, timeout=300.0):
-        flag = str(tmp_path / "stalled")
-        script = SCRIPT.format(root=str(toy.root), flag=flag, executor=executor, end=end, timeout=timeout)
+    def run(executor, end, timeout=300.0, healthy=10**9):
+        assert executor != "processes" or timeout > 1, "they take a while to start"
+        options = {"stalled": str(tmp_path / "stalled"), "healthy": healthy, "timeout": timeout}
+        script = SCRIPT.format(root=str(toy.root), executor=executor, end=end, **options)
         return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
 
     return run
@@ -223,7 +224,8 @@ while True: next(stream)""",
     ),
     "close": ("stream.close()", 0),
 }
-STALLS = {"in a batch": "while True: next(stream)", "at exit": "raise RuntimeError('leaving')"}
+HANGS = "while not stalled.exists(): time.sleep(.01)\n"
+STALLS = {"in a batch": "while True: next(stream)", "at exit": HANGS + "raise RuntimeError('leaving')"}
 
 
 def by_cost(names, cheap):
@@ -241,9 +243,10 @@ def test_the_process_ends_with_a_stream_open(run, executor, ending):
 
 @pytest.mark.parametrize(("executor", "waiting"), by_cost(STALLS, ["in a batch"]))
 def test_a_stalled_reader_ends_the_process_with_every_stack(run, executor, waiting):
-    done = run(executor, f"flag.touch()\ntime.sleep(.3)\n{STALLS[waiting]}", timeout=1.5)
+    done = run(executor, STALLS[waiting], timeout=4, healthy=5)
     assert done.returncode == EXIT_CODE, done.stderr[-2000:]
-    assert "gave nothing for 1.5 s (stall_timeout)" in done.stderr
+    assert ("leaving" in done.stderr) == (waiting == "at exit")
+    assert "gave nothing for 4 s (stall_timeout)" in done.stderr
     assert "in slow" in done.stderr
     assert "Thread 0x" in done.stderr
 
