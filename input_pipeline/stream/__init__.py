@@ -23,7 +23,7 @@ from input_pipeline.cores import available_cores
 from input_pipeline.neighbours import Neighbours
 from input_pipeline.stream import executors
 from input_pipeline.stream.batches import Batches
-from input_pipeline.stream.fetching import BAD, Plan
+from input_pipeline.stream.fetching import BAD, Plan, decoded_bytes
 from input_pipeline.stream.watchdog import Watchdog
 from input_pipeline.tileset import TileSet
 
@@ -32,6 +32,7 @@ BAD_SHARE = 0.001
 OF_SLIDES = ("case", "slide")
 BAD_ALLOWED = 10  # bad tiles that are tolerated however few examples were seen
 ENDLESS = 1 << 62
+KEEP = 512 << 20
 Batch = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def train_stream(
     prefetch: int = 2,
     stall_timeout: float | None = 300,
     nice: int = 0,
+    keep: int = KEEP,
     state: Mapping[str, Any] | None = None,
     override: bool = False,
 ) -> "Stream":
@@ -76,11 +78,13 @@ def train_stream(
     partners  those to decode (default all); `require` names partners without which a tile is bad
     on_bad    'replace' puts another tile, drawn by position, for a bad one; 'raise' stops and names it
     nice      0 to 19: how far readers step back, where the cores that they decode on are those that compute
+    keep      bytes of memory for decoded tiles: where all that are used fit in, none is decoded twice by threads
     state     continues where `Stream.state()` of an earlier run was; a difference is refused, or with `override` logged
     """
     _check_choice("balance", balance, (None, *_classes(tileset)))
     _check_choice("on_bad", on_bad, ("raise", "replace"))
     _check_int("seed", seed, 0, 2**63 - 1)
+    _check_int("keep", keep, 0, 2**63 - 1)
     _check_order(balance, blocks, share)
     plan, offsets = _plan(tileset, batch, host, split, partners, require, columns, on_bad, seed, by=balance)
     plan = replace(plan, selection=plan.selection.part(share)) if share < 1 else plan
@@ -100,6 +104,7 @@ def train_stream(
     changed = check_state(state, identity, override=override) if state is not None else ()
     step = start_step if state is None else state["step"]
     _check_int("start_step", step, 0, 2**40)
+    plan = replace(plan, kept={}) if decoded_bytes(plan) <= keep else plan
     stream = Stream(plan, executor, threads, prefetch, stall_timeout, identity, start_step=step, nice=nice)
     stream.overridden = changed
     return stream

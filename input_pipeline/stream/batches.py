@@ -1,6 +1,7 @@
 """The batches that workers are writing, and who does the writing."""
 
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,8 @@ class Batches:
     def __init__(self, plan: Plan, window: int, apart: bool, nice: int):
         self._plan, self._nice, self._lock = plan, nice, threading.Lock()
         self._shelf = Shelf(layout(plan), window + LENT, shared=apart, lent=LENT)
-        self._crew = Crew(partial(fetch_apart, plan), self._shelf, nice) if apart else None
+        work = partial(fetch_apart, replace(plan, kept=None))  # what each process kept would be its own
+        self._crew = Crew(work, self._shelf, nice) if apart else None
         self._places: dict[int, int] = {}
 
     def write(self, number: int) -> None:

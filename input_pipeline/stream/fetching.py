@@ -3,6 +3,7 @@
 Chunks are written straight into the arrays of their batch: each further copy costs several percent of the rate.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +15,8 @@ from input_pipeline import order
 from input_pipeline.neighbours import Neighbours
 from input_pipeline.tileset import TileSet, TileSetError
 from input_pipeline.tileset.spec import Spec, decode_payload
+
+Images = dict[str, np.ndarray | None]  # of one tile, and its vectors
 
 ATTEMPTS = 16  # replacements tried for one bad tile
 BAD = "_bad"  # [rows, 3]: ids of the bad tile, near tile and far tile of each row, -1 where all is well
@@ -45,6 +48,7 @@ class Plan:
     on_bad: str = "raise"
     stop: int | None = None  # the first position that does not exist; None for an endless stream
     reasons: dict[int, str] = field(default_factory=dict)  # what was wrong with bad tiles, for messages alone
+    kept: dict[int, Images] | None = None  # by tile, what was decoded before: for speed alone
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -59,6 +63,13 @@ class Plan:
     @property
     def chunks(self) -> int:
         return self.rows // self.chunk
+
+
+def decoded_bytes(plan: Plan) -> int:
+    """Of all tiles that the stream draws from."""
+    spec = plan.spec
+    parts = [(spec.he_shape, spec.he_dtype), *((spec.shape(p), p.dtype) for p in spec.partners)]
+    return len(plan.selection) * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in parts)
 
 
 def layout(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -159,9 +170,17 @@ def _fill_beside(plan: Plan, name: str, out: dict[str, np.ndarray], rows: np.nda
         out[f"{name}_he"][row], out[f"{name}_id"][row], out[f"{name}_mask"][row] = image, other, there
 
 
-def _decode(
-    plan: Plan, tile: int, spec: Spec, into: Mapping[str, np.ndarray] | None = None
-) -> dict[str, np.ndarray | None]:
+def _decode(plan: Plan, tile: int, spec: Spec, into: Mapping[str, np.ndarray] | None = None) -> Images:
+    if plan.kept is None:
+        return _read(plan, tile, spec, into)
+    if (images := plan.kept.get(tile)) is None:
+        images = _read(plan, tile, spec)
+        if spec is plan.spec:
+            plan.kept[tile] = images
+    return images
+
+
+def _read(plan: Plan, tile: int, spec: Spec, into: Mapping[str, np.ndarray] | None = None) -> Images:
     (example,) = plan.tileset.read([tile])
     bad = partial(TileSetError, id=tile, slide=example.slide, file=example.file, offset=example.offset)
     place = f"{example.file}, offset {example.offset}, tile {tile}, slide {example.slide!r}"

@@ -40,7 +40,7 @@ def draw_slide(path: Path, tiles: int, dim: int, seed: int) -> int:
 
 
 def stream_rate(root: Path, batch: int, seconds: float, executor: str) -> float:
-    with TileSet.open(root) as tiles, train_stream(tiles, batch=batch, seed=0, executor=executor) as stream:
+    with TileSet.open(root) as tiles, train_stream(tiles, batch=batch, seed=0, executor=executor, keep=0) as stream:
         next(stream)
         start, count = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:

@@ -79,7 +79,7 @@ def bare(root: Path, tiles: int) -> float:
 
 
 def ours(tileset: TileSet, executor: str, tiles: int, **options) -> float:
-    with train_stream(tileset, batch=BATCH, seed=0, executor=executor, **options) as stream:
+    with train_stream(tileset, batch=BATCH, seed=0, executor=executor, keep=0, **options) as stream:
         for _ in range(4):
             next(stream)
         start = time.perf_counter()
