@@ -4,6 +4,7 @@ read."""
 import datetime
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def evaluate(
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": mfl_jax.__version__,
         "cohort": cohort(tileset),
-        "projections": projections(found.arms, found.columns, colours(tileset, tasks), class_names(tileset)),
+        "projections": projections(found.arms, found.columns, tileset, tasks),
         "config": {str(run.path): json.loads(configs.to_json(run.config)) for run in runs},
         "hashes": {"tile set": tileset.hash} | {f"checkpoint of {path}": d for path, d in found.digests.items()},
     }
@@ -138,8 +139,9 @@ def colours(tileset: "TileSet", tasks: Sequence[Task] = (), more: Sequence[str] 
     """Columns to colour a projection by: what is asked, the label, the slide, and its stain or scanner where the tile
     set knows it."""
     labels = ("label",) if tileset.spec.label_names else ()
-    names = (*(task.target for task in tasks), *labels, "slide", *STAINS, *more)
-    return [name for name in dict.fromkeys(names) if name in tileset.tiles]
+    asked = [task.name if task.threshold is not None else task.target for task in tasks]
+    names = (*asked, *labels, "slide", *STAINS, *more)
+    return [name for name in dict.fromkeys(names) if name in asked or name in tileset.tiles]
 
 
 def class_names(tileset: "TileSet") -> dict[str, Sequence[str]]:
@@ -151,23 +153,34 @@ def class_names(tileset: "TileSet") -> dict[str, Sequence[str]]:
 def projections(
     arms: Sequence[ArmRuns],
     columns: Mapping[str, np.ndarray],
-    colours: Sequence[str],
-    names: Mapping[str, Sequence[str]] = {},
+    tileset: "TileSet",
+    tasks: Sequence[Task] = (),
     *,
+    shown: Sequence[str] | None = None,
+    names: Mapping[str, Sequence[str]] = {},
     methods: Sequence[str] | None = None,
     limit: int = POINTS,
 ) -> list[dict[str, Any]]:
-    """The first seed of every arm in a plane, the same tiles for all of them: on its two principal axes, and by UMAP
-    where umap-learn is installed. `names` of classes are by column."""
+    """The first seed of every arm in a plane, the same tiles of test cases for all of them: on its two principal axes,
+    and by UMAP where umap-learn is installed. Coloured by `shown`, or colours(); a task with a threshold is a column of
+    its own, and `names` are of classes that the tile set does not name."""
     if methods is None:
         methods = [m for m in projection.METHODS if m == "pca" or importlib.util.find_spec("umap")]
+    shown = colours(tileset, tasks) if shown is None else shown
+    asked, named = _classes_asked(tasks, columns)
+    names = {**class_names(tileset), **names, **named}
+    held = np.isin(columns["case"], list(tileset.splits["test"]))
+    columns = {name: np.asarray(values)[held] for name, values in {**columns, **asked}.items()}
+    options: dict[str, Any] = {"colour": shown, "limit": limit}
+    point = f"a {'region' if tileset.spec.he_kind == 'grid' else 'tile'} of a test case"
     made = []
     for method in methods:
         for arm in arms:
-            found = projection.project(arm.seeds[0].features, columns, method=method, colour=colours, limit=limit)
+            found = projection.project(arm.seeds[0].features[held], columns, method=method, **options)
             x, y = (found.xy[:, i].round(4).tolist() for i in (0, 1))
             colour = [_colour(name, values, names.get(name, ())) for name, values in found.colours.items()]
-            made.append({"arm": arm.name, "method": method.upper(), "x": x, "y": y, "colours": colour})
+            what = {"arm": arm.name, "method": method.upper(), "point": point}
+            made.append({**what, "x": x, "y": y, "colours": colour})
     return made
 
 
@@ -175,12 +188,26 @@ def _colour(name: str, values: np.ndarray, classes: Sequence[str] = ()) -> dict[
     if values.dtype.kind in "US":
         names, code = np.unique(values, return_inverse=True)
         return {"name": name, "values": code.tolist(), "names": names.tolist()}
-    numbers = np.nan_to_num(values.astype(np.float64), nan=-1.0)
+    numbers = values.astype(np.float64)
     if classes:
-        code = np.where(numbers < 0, len(classes), numbers).astype(int)
+        code = np.where(numbers >= 0, numbers, len(classes)).astype(int)
         unknown = ["unknown"] if (code == len(classes)).any() else []
         return {"name": name, "values": code.tolist(), "names": [*classes, *unknown]}
-    return {"name": name, "values": numbers.round(4).tolist()}
+    return {"name": name, "values": [round(v, 4) if math.isfinite(v) else None for v in numbers.tolist()]}
+
+
+def _classes_asked(
+    tasks: Sequence[Task], columns: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, Sequence[str]]]:
+    """The two classes that a task's threshold makes: codes by task, negative where unknown, and their names."""
+    codes: dict[str, np.ndarray] = {}
+    names: dict[str, Sequence[str]] = {}
+    for task in tasks:
+        if task.threshold is not None:
+            code, known = task.read(columns)
+            codes[task.name] = np.where(known, code, -1)
+            names[task.name] = (f"{task.target} up to {task.threshold:g}", f"above {task.threshold:g}")
+    return codes, names
 
 
 def cohort(tileset: "TileSet") -> dict[str, Any]:

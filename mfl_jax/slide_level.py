@@ -209,7 +209,8 @@ def _projections(study: Study) -> list[dict[str, Any]]:
         code = [study.table.names.index(name) for name in made.colours["label"]]
         colour = {"name": "label", "values": code, "names": list(study.table.names)}
         xy = {axis: made.xy[:, i].round(4).tolist() for i, axis in enumerate("xy")}
-        found.append({"arm": arm.name, "method": method.upper(), **xy, "colours": [colour]})
+        what = {"arm": arm.name, "method": method.upper(), "point": "a slide: the mean of its rows"}
+        found.append({**what, **xy, "colours": [colour]})
     return found
 
 

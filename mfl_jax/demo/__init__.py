@@ -21,6 +21,7 @@ import numpy as np
 import mfl_jax
 from input_pipeline.cores import available_cores
 from input_pipeline.files import save_picture
+from input_pipeline.phantom.layout import REGIONS
 from input_pipeline.show import batch_picture
 from input_pipeline.stream import train_stream
 from input_pipeline.tileset import TileSet
@@ -182,8 +183,8 @@ def _named(arms: Sequence[ArmRuns]) -> list[ArmRuns]:
 
 
 def _projections(arms: Sequence[ArmRuns], columns: Mapping[str, np.ndarray], tileset: TileSet) -> list[dict[str, Any]]:
-    colours = compare.colours(tileset, [TASK], ("region",))
-    return compare.projections(arms, columns, [c for c in colours if c != "label"], compare.class_names(tileset))
+    shown = [name for name in compare.colours(tileset, [TASK], ("region",)) if name != "label"]
+    return compare.projections(arms, columns, tileset, [TASK], shown=shown, names={"region": REGIONS})
 
 
 def _few_labels(results: Mapping[str, Any]) -> dict[str, Any]:

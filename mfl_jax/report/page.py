@@ -245,6 +245,7 @@ def _difference_forests(page: _Page) -> list[Html]:
 def _labels(page: _Page) -> Html | None:
     curves = page.results.get("labels", [])
     titles = tables.metric_titles(page.results)
+    short = {metric["key"]: metric["title"] for task in tables.tasks(page.results) for metric in task["metrics"]}
     figures, figures_behind = [], []
     for metric, by in dict.fromkeys((curve["metric"], curve["by"]) for curve in curves):
         group = [curve for curve in curves if (curve["metric"], curve["by"]) == (metric, by)]
@@ -265,7 +266,7 @@ def _labels(page: _Page) -> Html | None:
             series,
             title=f"{name} by fraction of {by} with labels",
             x_title=f"{by.capitalize()} with labels",
-            y_title=name,
+            y_title=short.get(metric, ""),
             x_ticks=sorted({x for curve in group for x in curve["x"]}),
             x_text=tables.percent,
             log_x=True,
@@ -298,15 +299,16 @@ def _projections(page: _Page) -> Html | None:
     if not parts:
         return None
     largest = max(len(item["x"]) for item in projections)
-    note = f"Each point is one tile of the held-out cases, placed by its features alone ({largest:,} tiles"
+    what = projections[0].get("point", "an example")
+    note = f"Each point is {what}, placed by its features alone ({largest:,} points"
     shown_note = f"; at most {CLOUD_POINTS:,} of them are drawn)." if largest > CLOUD_POINTS else ")."
     return join(tag("p", note + shown_note), *parts)
 
 
 def _key(colour: Mapping[str, Any]) -> Html:
     if "names" not in colour:
-        values = colour["values"] or [0.0]
-        return plots.scale(f"{min(values):.3g}", f"{max(values):.3g}")
+        values = [v for v in colour["values"] if v is not None] or [0.0]
+        return plots.scale(f"{min(values):.3g}", f"{max(values):.3g}", unknown=None in colour["values"])
     if len(colour["names"]) <= LEGEND_NAMES:
         return plots.legend(colour["names"])
     return tag("p", f"{len(colour['names'])} of them; colours and shapes repeat.", class_="legend")

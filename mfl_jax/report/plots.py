@@ -12,6 +12,7 @@ from mfl_jax.report.markup import Html, join, tag
 
 DASHES = (None, "7 3", "2 3", "9 3 2 3", "5 2", "1 3", "12 4", "6 2 1 2")
 COLOURS, BINS = 8, 5
+UNKNOWN = 2  # the shape of a point without a value: a cross
 LETTER, STRONG = 7.3, 8.0  # px of a letter, in the widest of the fonts that a reader may have
 Values = Sequence[float | None]
 
@@ -114,8 +115,8 @@ def lines(
         title,
         width,
         height,
-        _y_axis(y, y_values, y_texts, left, width - right, y_title),
-        _x_axis(x, x_ticks, x_texts, bottom, x_title),
+        _y_axis(y, y_values, y_texts, left, width - right, y_title, height),
+        _x_axis(x, x_ticks, x_texts, bottom, x_title, width),
         _level(y, reference, left, width - right),
         *drawn,
         *(_ends(series, y, width - right + 6, bottom, right - 8) if names else ()),
@@ -142,7 +143,7 @@ def forest(
     bottom = top + row * len(points)
     height = bottom + (40 if x_title else 24)
     x = Axis(x_values[0], x_values[-1], left + 6, width - right - 6)
-    drawn: list[Html | None] = [_x_axis(x, x_values, tick_texts(x_values), bottom, x_title, grid=top)]
+    drawn: list[Html | None] = [_x_axis(x, x_values, tick_texts(x_values), bottom, x_title, width, grid=top)]
     if reference is not None:
         across = _px(x(reference))
         drawn.append(tag("path", d=f"M{across} {top}V{bottom}", class_="reference"))
@@ -172,7 +173,7 @@ def _interval(p: Point, x: Axis, at: float) -> Html:
 def scatter(
     x: Sequence[float],
     y: Sequence[float],
-    values: Sequence[float],
+    values: Sequence[float | None],
     *,
     title: str,
     categories: int | None = None,
@@ -180,17 +181,18 @@ def scatter(
     height: int = 220,
 ) -> Html:
     """Points by category (its colour and shape are legend()'s) or, without categories, by value in five steps of
-    colour. The axes carry no figures: those of a projection mean nothing."""
+    colour, and unknown ones as scale() says. The axes carry no figures: those of a projection mean nothing."""
     if categories is None:
-        low, high = _range(values)
-        codes = [min(int((v - low) / ((high - low) or 1) * BINS), BINS - 1) for v in values]
+        low, high = _range([v for v in values if v is not None])
+        steps = BINS / ((high - low) or 1)
+        codes = [BINS if v is None else min(int((v - low) * steps), BINS - 1) for v in values]
     else:
-        codes = [int(v) for v in values]
+        codes = [int(v) for v in values if v is not None]
     across, up = Axis(*_wide(x), 8, width - 8), Axis(*_wide(y), height - 8, 8)
     groups = []
     for code in sorted(set(codes)):
         at = [(across(a), up(b)) for a, b, c in zip(x, y, codes, strict=True) if c == code]
-        marks = _marks(at, 0 if categories is None else code, 2)
+        marks = _marks(at, (UNKNOWN if code == BINS else 0) if categories is None else code, 2)
         groups.append(tag("g", marks, class_=f"s{code}" if categories is None else f"c{code % COLOURS} points"))
     frame = tag("rect", x=1, y=1, width=width - 2, height=height - 2, class_="frame")
     return _svg(title, width, height, frame, *groups)
@@ -224,13 +226,15 @@ def legend(names: Sequence[str], styles: Sequence[int] | None = None, *, line: b
     return tag("ul", *items, class_="legend")
 
 
-def scale(low: str, high: str) -> Html:
-    """The five steps of colour of a scatter by value, between its ends."""
+def scale(low: str, high: str, unknown: bool = False) -> Html:
+    """The five steps of colour of a scatter by value, between its ends, and the mark of what has no value."""
     boxes = [
         tag("g", tag("rect", x=14 * i, y=2, width=14, height=10, class_="fill"), class_=f"s{i}") for i in range(BINS)
     ]
     swatch = tag("svg", *boxes, viewBox="0 0 70 14", width=70, height=14, aria_hidden="true")
-    return tag("p", low, " ", swatch, " ", high, class_="legend")
+    mark = tag("g", _marks([(7, 7)], UNKNOWN, 3.5), class_=f"s{BINS}")
+    none = tag("svg", mark, viewBox="0 0 14 14", width=14, height=14, aria_hidden="true")
+    return tag("p", low, " ", swatch, " ", high, *((none, " unknown") if unknown else ()), class_="legend")
 
 
 def _svg(title: str, width: float, height: float, *children: Html | None) -> Html:
@@ -239,19 +243,29 @@ def _svg(title: str, width: float, height: float, *children: Html | None) -> Htm
     return tag("svg", head, *children, xmlns="http://www.w3.org/2000/svg", viewBox=box, role="img", aria_label=title)
 
 
-def _y_axis(y: Axis, values: Sequence[float], texts: Sequence[str], left: float, right: float, title: str) -> Html:
+def _y_axis(
+    y: Axis, values: Sequence[float], texts: Sequence[str], left: float, right: float, title: str, height: float
+) -> Html:
     grid = "".join(f"M{_px(left)} {_px(y(v))}H{_px(right)}" for v in values)
     labels = [
         tag("text", text, x=_px(left - 6), y=_px(y(v) + 4), class_="end soft")
         for v, text in zip(values, texts, strict=True)
     ]
-    middle = _px((y.start + y.end) / 2)
-    turned = tag("text", title, x=12, y=middle, class_="mid", transform=f"rotate(-90 12 {middle})") if title else None
+    turned = None
+    if title:
+        shown, middle = _along(title, (y.start + y.end) / 2, height)
+        turned = tag("text", shown, x=12, y=middle, class_="mid", transform=f"rotate(-90 12 {middle})")
     return join(tag("path", d=grid, class_="grid"), *labels, turned)
 
 
 def _x_axis(
-    x: Axis, values: Sequence[float], texts: Sequence[str], bottom: float, title: str, grid: float | None = None
+    x: Axis,
+    values: Sequence[float],
+    texts: Sequence[str],
+    bottom: float,
+    title: str,
+    width: float,
+    grid: float | None = None,
 ) -> Html:
     shown = [v for v in values if x.low <= v <= x.high]
     base = f"M{_px(x.start)} {_px(bottom)}H{_px(x.end)}"
@@ -262,9 +276,19 @@ def _x_axis(
         for v, text in zip(values, texts, strict=True)
         if v in shown
     ]
-    named = tag("text", title, x=_px((x.start + x.end) / 2), y=_px(bottom + 35), class_="mid") if title else None
+    named = None
+    if title:
+        shown_title, middle = _along(title, (x.start + x.end) / 2, width)
+        named = tag("text", shown_title, x=middle, y=_px(bottom + 35), class_="mid")
     lines = tag("path", d=rules, class_="grid") if rules else None
     return join(lines, tag("path", d=base + marks, class_="axis"), *labels, named)
+
+
+def _along(title: str, middle: float, length: float) -> tuple[str, str]:
+    """-> a title of an axis, and where its middle is: near the axis's own, and within the picture."""
+    shown = _fit(title, length - 4)
+    half = min(_room([(shown, False)]), length) / 2
+    return shown, _px(min(max(middle, half), length - half))
 
 
 def _level(y: Axis, value: float | None, left: float, right: float) -> Html | None:

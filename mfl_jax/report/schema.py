@@ -98,10 +98,11 @@ SCHEMA: dict[str, Any] = {
         {
             "arm": "text",
             "method?": "text",  # 'PCA', 'UMAP'
+            "point?": "text",  # what each of them is: 'a tile of a test case'
             "x": ["number"],
             "y": ["number"],
-            # names: values are their indices (drawn as categories); without names values are numbers on a scale
-            "colours": [{"name": "text", "values": ["number"], "names?": ["text"]}],
+            # names: values are their indices (drawn as categories); without names numbers on a scale, or null
+            "colours": [{"name": "text", "values": ["maybe"], "names?": ["text"]}],
         }
     ],
     "figures?": {"what?": "text", "pictures": [PICTURE]},  # curves and tables of predictions
@@ -245,6 +246,6 @@ def _colour(colour: Mapping[str, Any], points: int, at: str) -> Iterator[str]:
     if len(colour["values"]) != points:
         yield f"{at}.values: {len(colour['values'])} of them for {points} points"
     if "names" in colour:
-        bad = [v for v in colour["values"] if v != int(v) or not 0 <= v < len(colour["names"])]
+        bad = [v for v in colour["values"] if v is None or v != int(v) or not 0 <= v < len(colour["names"])]
         if bad:
             yield f"{at}.values: {bad[0]} is no index into its {len(colour['names'])} names"

@@ -68,7 +68,7 @@ svg .strong { font-weight: 700; } svg .named { fill: var(--c); }
 """
 
 CSS += "".join(f".c{i} {{ --c: var(--c{i}); }}\n" for i in range(8))
-CSS += "".join(f".s{i} {{ --c: var(--s{i}); }}\n" for i in range(5))
+CSS += "".join(f".s{i} {{ --c: var(--s{i}); }}\n" for i in range(5)) + ".s5 { --c: var(--soft); }\n"
 CSS += """
 @media (max-width: 30rem) {
  .answer { font-size: 1.1rem; } td.number small, th small { display: block; } th, td { padding-right: .7rem; }

@@ -15,6 +15,7 @@ from configs import common
 from input_pipeline.tileset import Record, Spec, TileSet, finish, write_slide
 from mfl_jax import arms, cli, compare, data, methods, report, sharding, train, trained
 from mfl_jax.evaluators import LeakError, Task
+from mfl_jax.findings import ArmRuns, Seed
 from tests.mfl_jax import synthetic, toy
 
 SIZE = 8
@@ -175,7 +176,7 @@ def test_the_command_writes_a_record_a_report_and_a_table(runs, root, tmp_path, 
     assert [p["arm"] for p in planes if p["method"] == "PCA"] == [arm["name"] for arm in results["arms"]]
     assert {c["name"]: c.get("names", [])[:2] for c in planes[0]["colours"]} == {
         "label": ["no", "yes"],
-        "slide": ["s0", "s1"],
+        "slide": ["s6", "s7"],
     }
     assert "on 42 test tiles" in results["saliency"]["what"]
     assert "arms" not in results["saliency"]  # no partner says where to look
@@ -194,6 +195,22 @@ def test_a_projection_is_coloured_by_what_the_tile_set_knows_of_a_slide(root):
     assert compare.colours(known) == ["label", "slide", "label_stain", "label_scanner"]
     codes = compare._colour("label", np.array([0, 1, -1]), ("no", "yes"))
     assert codes == {"name": "label", "values": [0, 1, 2], "names": ["no", "yes", "unknown"]}
+    assert compare._colour("depth", np.array([0.12345, np.nan, -1])) == {
+        "name": "depth",
+        "values": [0.1235, None, -1.0],
+    }
+
+
+def test_a_projection_is_coloured_by_the_classes_that_are_asked_for():
+    columns = {"depth": np.array([0.2, 0.7, 3, np.nan, -1]), "case": np.array(["c6", "c7", "c0", "c8", "c6"])}
+    tileset = SimpleNamespace(spec=SPEC, splits=SPLITS)
+    arm, task = ArmRuns("a", "A", "ours", (Seed(0, np.eye(5)),)), Task("deep", "depth", 0.5, exclude=(-1.0,))
+    options = {"shown": ["deep", "depth"], "methods": ["pca"]}
+    (drawn,) = compare.projections([arm], columns, tileset, [task], **options)
+    assert len(drawn["x"]) == 4, "tiles of test cases alone"
+    classes, numbers = drawn["colours"]
+    assert classes == {"name": "deep", "values": [0, 1, 2, 2], "names": ["depth up to 0.5", "above 0.5", "unknown"]}
+    assert numbers["values"] == [0.2, 0.7, None, -1.0]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_from_nothing_to_a_report_and_again_without_training(tmp_path, compile_c
     assert "marker/few/auc" in named["supervised_few"]["metrics"]
     pairs = {(d["a"], d["b"]) for d in found["differences"] if d["metric"] == "marker/few/auc"}
     assert pairs == {("mfl", "supervised_few"), ("mfl", "unpaired")}
-    assert {c["name"] for c in found["projections"][0]["colours"]} == {"positive", "slide", "label_stain", "region"}
+    assert {c["name"] for c in found["projections"][0]["colours"]} == {"marker", "slide", "label_stain", "region"}
     assert "saliency" in found or "saliency" in found["skipped"]
     assert set(found["ledger"][0]["seconds"]) >= {"training", "evaluation"}
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("checkpoints/*/*")}

@@ -143,6 +143,34 @@ def test_scatter_by_value_uses_the_whole_scale():
     parse(plots.scatter([], [], [], title="t"))
 
 
+def test_points_without_a_value_have_a_mark_of_their_own():
+    root = parse(plots.scatter([0, 1, 2], [0, 1, 2], [-5.0, None, 3.0], title="t"))
+    groups = {g.get("class"): g[0].get("class") for g in root.iter(f"{SVG}g")}
+    assert groups == {"s0": "fill", "s4": "fill", "s5": "open"}
+    assert "unknown" in plots.scale("0", "1", unknown=True)
+    assert "unknown" not in plots.scale("0", "1")
+
+
+@pytest.mark.parametrize("letters", [5, 40, 54, 90])
+def test_titles_of_axes_stay_within_the_picture(letters):
+    title = "m" * letters
+    drawn = {
+        plots.forest([Point("a name of some length", 0.5)], title="t", x_title=title): 1,
+        plots.lines([Series("a", [0, 1], [0, 1])], title="t", x_title=title, y_title=title): 2,
+    }
+    for svg, count in drawn.items():
+        root = parse(svg)
+        _, _, width, height = (float(v) for v in root.get("viewBox").split())
+        named = [e for e in root.iter(f"{SVG}text") if e.text.startswith("mm")]
+        assert len(named) == count
+        for e in named:
+            at, length = (float(e.get("y")), height) if e.get("transform") else (float(e.get("x")), width)
+            half = len(e.text) * plots.LETTER / 2
+            assert at - half >= -0.1
+            assert at + half <= length + 0.1
+            assert e.text == title or "\u2026" in e.text
+
+
 def test_bars_are_as_long_as_their_values():
     root = parse(plots.bars(["a", "b"], [10, 5], title="t", texts=["x", "y"]))
     a, b = (float(e.get("width")) for e in root.iter(f"{SVG}rect"))

@@ -66,7 +66,8 @@ def test_figures(value, text):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(None, "\u2013"), (4.21, "4.2 s"), (96.4, "96 s"), (600, "10 min"), (7200, "2.0 h")]
+    ("seconds", "text"),
+    [(None, "\u2013"), (4.21, "4.2 s"), (96.4, "96 s"), (145, "2.4 min"), (600, "10 min"), (7200, "2.0 h")],
 )
 def test_durations(seconds, text):
     assert tables.duration(seconds) == text
