@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
 
 POINTS = 600  # of a projection
+LEAST = {"pca": 3, "umap": 16}  # rows that make one
 STAINS = ("label_stain", "label_scanner", "label_site")  # columns that say what a slide looks like and means nothing
 
 
@@ -80,6 +81,9 @@ def evaluate(
     if "saliency" in kinds:
         say("drawing what the encoders look at")
         sections, pictures = looked_at(firsts, found, tileset, task, shown, feature)
+    planes = projections(found.arms, found.columns, tileset, tasks)
+    if not planes:
+        results["reliability"].append(f"no projection: test cases have fewer than {LEAST['pca']} rows")
     described = {
         "title": f"{len(found.arms)} arms on {tileset.spec.name}",
         "question": f"How much of {task.target!r} can be read from frozen features of H&E alone, on unseen cases?"
@@ -89,7 +93,7 @@ def evaluate(
         "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": mfl_jax.__version__,
         "cohort": cohort(tileset),
-        "projections": projections(found.arms, found.columns, tileset, tasks),
+        "projections": planes,
         "config": {str(run.path): json.loads(configs.to_json(run.config)) for run in runs},
         "hashes": {"tile set": tileset.hash} | {f"checkpoint of {path}": d for path, d in found.digests.items()},
     }
@@ -162,14 +166,16 @@ def projections(
     limit: int = POINTS,
 ) -> list[dict[str, Any]]:
     """The first seed of every arm in a plane, the same tiles of test cases for all of them: on its two principal axes,
-    and by UMAP where umap-learn is installed. Coloured by `shown`, or colours(); a task with a threshold is a column of
-    its own, and `names` are of classes that the tile set does not name."""
+    and by UMAP where umap-learn is installed; none where they are fewer than it takes. Coloured by `shown`, or
+    colours(); a task with a threshold is a column of its own, and `names` are of classes that the tile set does not
+    name."""
     if methods is None:
         methods = [m for m in projection.METHODS if m == "pca" or importlib.util.find_spec("umap")]
     shown = colours(tileset, tasks) if shown is None else shown
     asked, named = _classes_asked(tasks, columns)
     names = {**class_names(tileset), **names, **named}
     held = np.isin(columns["case"], list(tileset.splits["test"]))
+    methods = [m for m in methods if held.sum() >= LEAST[m]]
     columns = {name: np.asarray(values)[held] for name, values in {**columns, **asked}.items()}
     options: dict[str, Any] = {"colour": shown, "limit": limit}
     point = f"a {'region' if tileset.spec.he_kind == 'grid' else 'tile'} of a test case"

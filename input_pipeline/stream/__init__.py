@@ -78,7 +78,8 @@ def train_stream(
     partners  those to decode (default all); `require` names partners without which a tile is bad
     on_bad    'replace' puts another tile, drawn by position, for a bad one; 'raise' stops and names it
     nice      0 to 19: how far readers step back, where the cores that they decode on are those that compute
-    keep      bytes of memory for decoded tiles: where all that are used fit in, none is decoded twice by threads
+    keep      bytes of memory for decoded tiles: where all that are used fit in, threads decode each of them once (near
+              and far tiles again, but those that were drawn themselves before)
     state     continues where `Stream.state()` of an earlier run was; a difference is refused, or with `override` logged
     """
     _check_choice("balance", balance, (None, *_classes(tileset)))

@@ -46,9 +46,11 @@ class Batches:
             self._crew.dump()
 
     def closed_after(self, done: Done) -> Done:
-        """The same, and the processes end with it."""
+        """The same; the processes, and tiles that were kept, go when it ends."""
         try:
             yield from done
         finally:
             if self._crew is not None:
                 self._crew.close()
+            if self._plan.kept is not None:
+                self._plan.kept.clear()

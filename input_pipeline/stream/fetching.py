@@ -174,8 +174,8 @@ def _decode(plan: Plan, tile: int, spec: Spec, into: Mapping[str, np.ndarray] | 
     if plan.kept is None:
         return _read(plan, tile, spec, into)
     if (images := plan.kept.get(tile)) is None:
-        images = _read(plan, tile, spec)
-        if spec is plan.spec:  # copies: a vector, and a grid, hold on to their whole record
+        images = _read(plan, tile, spec, into)
+        if spec is plan.spec:  # copies: rows are used again, and a vector holds on to its whole record
             plan.kept[tile] = {name: None if part is None else part.copy() for name, part in images.items()}
     return images
 

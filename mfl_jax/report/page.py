@@ -266,7 +266,7 @@ def _labels(page: _Page) -> Html | None:
             series,
             title=f"{name} by fraction of {by} with labels",
             x_title=f"{by.capitalize()} with labels",
-            y_title=short.get(metric, ""),
+            y_title=short.get(metric, name),
             x_ticks=sorted({x for curve in group for x in curve["x"]}),
             x_text=tables.percent,
             log_x=True,

@@ -184,8 +184,8 @@ def scatter(
     colour, and unknown ones as scale() says. The axes carry no figures: those of a projection mean nothing."""
     if categories is None:
         low, high = _range([v for v in values if v is not None])
-        steps = BINS / ((high - low) or 1)
-        codes = [BINS if v is None else min(int((v - low) * steps), BINS - 1) for v in values]
+        wide = (high - low) or 1
+        codes = [BINS if v is None else min(int((v - low) / wide * BINS), BINS - 1) for v in values]
     else:
         codes = [int(v) for v in values if v is not None]
     across, up = Axis(*_wide(x), 8, width - 8), Axis(*_wide(y), height - 8, 8)

@@ -208,6 +208,8 @@ def test_a_projection_is_coloured_by_the_classes_that_are_asked_for():
     options = {"shown": ["deep", "depth"], "methods": ["pca"]}
     (drawn,) = compare.projections([arm], columns, tileset, [task], **options)
     assert len(drawn["x"]) == 4, "tiles of test cases alone"
+    few = columns | {"case": np.array(["c6", "c7", "c0", "c1", "c2"])}
+    assert compare.projections([arm], few, tileset, [task], **options) == []
     classes, numbers = drawn["colours"]
     assert classes == {"name": "deep", "values": [0, 1, 2, 2], "names": ["depth up to 0.5", "above 0.5", "unknown"]}
     assert numbers["values"] == [0.2, 0.7, None, -1.0]

@@ -120,6 +120,16 @@ def test_no_tile_is_decoded_twice_where_all_fit_in_memory(toy, monkeypatch):
         assert count <= len(decoded) <= count + (9 if keep < size else 0), "a chunk may be read ahead"
 
 
+def test_kept_tiles_hold_nothing_but_themselves_and_go_with_the_stream(toy):
+    with train_stream(toy.tileset(), batch=9, seed=3, executor="threads", threads=2) as stream:
+        for _ in range(20):
+            next(stream)
+        kept = stream._plan.kept
+        assert len(kept) == N_TRAIN
+        assert all(part is None or part.base is None for images in kept.values() for part in images.values())
+    assert not kept
+
+
 @pytest.mark.parametrize("hosts", [2, 4])
 @pytest.mark.parametrize("balance", [None, "case"])
 def test_hosts_hold_slices_of_the_same_global_batch(toy, hosts, balance):
@@ -334,6 +344,7 @@ def test_what_does_not_change_ids_may_change(toy):
         ({"batch": 8, "host": (0, 3)}, "not a multiple of the 3 hosts"),
         ({"host": (2, 2)}, "host index"),
         ({"seed": -1}, "seed is a whole number"),
+        ({"keep": -1}, "keep is a whole number"),
         ({"columns": ("dept",)}, "did you mean depth"),
         ({"columns": "depth"}, "a list of columns"),
         ({"partners": ("iff",)}, "did you mean if"),
