@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
 
 POINTS = 600  # of a projection
-LEAST = {"pca": 3, "umap": 16}  # rows that make one
 STAINS = ("label_stain", "label_scanner", "label_site")  # columns that say what a slide looks like and means nothing
 
 
@@ -83,7 +82,7 @@ def evaluate(
         sections, pictures = looked_at(firsts, found, tileset, task, shown, feature)
     planes = projections(found.arms, found.columns, tileset, tasks)
     if not planes:
-        results["reliability"].append(f"no projection: test cases have fewer than {LEAST['pca']} rows")
+        results["reliability"].append(f"no projection: test cases have fewer than {projection.LEAST['pca']} rows")
     described = {
         "title": f"{len(found.arms)} arms on {tileset.spec.name}",
         "question": f"How much of {task.target!r} can be read from frozen features of H&E alone, on unseen cases?"
@@ -175,7 +174,7 @@ def projections(
     asked, named = _classes_asked(tasks, columns)
     names = {**class_names(tileset), **names, **named}
     held = np.isin(columns["case"], list(tileset.splits["test"]))
-    methods = [m for m in methods if held.sum() >= LEAST[m]]
+    methods = [m for m in methods if held.sum() >= projection.LEAST[m]]
     columns = {name: np.asarray(values)[held] for name, values in {**columns, **asked}.items()}
     options: dict[str, Any] = {"colour": shown, "limit": limit}
     point = f"a {'region' if tileset.spec.he_kind == 'grid' else 'tile'} of a test case"

@@ -203,7 +203,7 @@ def _projections(study: Study) -> list[dict[str, Any]]:
     found = []
     for arm in study.arms:
         x = slide_knn.means(arm.bags[0])
-        if len(x) < 3 or x.shape[1] < 2:
+        if len(x) < projection.LEAST["pca"] or x.shape[1] < 2:
             continue
         made = projection.project(x, columns, method=method, colour=("label",))
         code = [study.table.names.index(name) for name in made.colours["label"]]

@@ -67,9 +67,9 @@ class Plan:
 
 def decoded_bytes(plan: Plan) -> int:
     """Of all tiles that the stream draws from."""
-    spec = plan.spec
-    parts = [(spec.he_shape, spec.he_dtype), *((spec.shape(p), p.dtype) for p in spec.partners)]
-    return len(plan.selection) * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in parts)
+    rows = layout(plan)
+    parts = [rows[name] for name in ("he", *(p.name for p in plan.spec.partners))]
+    return len(plan.selection) * sum(math.prod(shape[1:]) * np.dtype(dtype).itemsize for shape, dtype in parts)
 
 
 def layout(plan: Plan) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-METHODS = ("pca", "umap")
+LEAST = {"pca": 3, "umap": 16}  # rows that make a picture; `project` itself refuses fewer than those of PCA
+METHODS = tuple(LEAST)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def project(
         raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     if missing := [name for name in colour if name not in columns]:
         raise ValueError(f"no columns {missing} to colour by; there are {sorted(columns)}")
-    if features.ndim != 2 or len(features) < 3 or features.shape[1] < 2:
-        raise ValueError(f"a plane needs at least 3 rows of 2 features, not {list(features.shape)}")
+    if features.ndim != 2 or len(features) < LEAST["pca"] or features.shape[1] < 2:
+        raise ValueError(f"a plane needs at least {LEAST['pca']} rows of 2 features, not {list(features.shape)}")
     rows = np.sort(np.random.default_rng(seed).permutation(len(features))[:limit])
     x = np.asarray(features[rows], np.float64)
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -192,8 +192,11 @@ def scatter(
     groups = []
     for code in sorted(set(codes)):
         at = [(across(a), up(b)) for a, b, c in zip(x, y, codes, strict=True) if c == code]
-        marks = _marks(at, (UNKNOWN if code == BINS else 0) if categories is None else code, 2)
-        groups.append(tag("g", marks, class_=f"s{code}" if categories is None else f"c{code % COLOURS} points"))
+        if categories is None:
+            shape, look = UNKNOWN if code == BINS else 0, f"s{code}"
+        else:
+            shape, look = code, f"c{code % COLOURS} points"
+        groups.append(tag("g", _marks(at, shape, 2), class_=look))
     frame = tag("rect", x=1, y=1, width=width - 2, height=height - 2, class_="frame")
     return _svg(title, width, height, frame, *groups)
 
@@ -251,11 +254,7 @@ def _y_axis(
         tag("text", text, x=_px(left - 6), y=_px(y(v) + 4), class_="end soft")
         for v, text in zip(values, texts, strict=True)
     ]
-    turned = None
-    if title:
-        shown, middle = _along(title, (y.start + y.end) / 2, height)
-        turned = tag("text", shown, x=12, y=middle, class_="mid", transform=f"rotate(-90 12 {middle})")
-    return join(tag("path", d=grid, class_="grid"), *labels, turned)
+    return join(tag("path", d=grid, class_="grid"), *labels, _axis_title(title, y, height, 12, turned=True))
 
 
 def _x_axis(
@@ -276,19 +275,21 @@ def _x_axis(
         for v, text in zip(values, texts, strict=True)
         if v in shown
     ]
-    named = None
-    if title:
-        shown_title, middle = _along(title, (x.start + x.end) / 2, width)
-        named = tag("text", shown_title, x=middle, y=_px(bottom + 35), class_="mid")
+    named = _axis_title(title, x, width, bottom + 35)
     lines = tag("path", d=rules, class_="grid") if rules else None
     return join(lines, tag("path", d=base + marks, class_="axis"), *labels, named)
 
 
-def _along(title: str, middle: float, length: float) -> tuple[str, str]:
-    """-> a title of an axis, and where its middle is: near the axis's own, and within the picture."""
+def _axis_title(title: str, axis: Axis, length: float, beside: float, *, turned: bool = False) -> Html | None:
+    """Its middle is near the axis's own, and all of it within the `length` of the picture."""
+    if not title:
+        return None
     shown = _fit(title, length - 4)
     half = min(_room([(shown, False)]), length) / 2
-    return shown, _px(min(max(middle, half), length - half))
+    middle, across = _px(min(max((axis.start + axis.end) / 2, half), length - half)), _px(beside)
+    if turned:
+        return tag("text", shown, x=across, y=middle, class_="mid", transform=f"rotate(-90 {across} {middle})")
+    return tag("text", shown, x=middle, y=across, class_="mid")
 
 
 def _level(y: Axis, value: float | None, left: float, right: float) -> Html | None:
