@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mfl_jax.models.layers import Dense, DropPath, attend, fold_blocks, gelu, resize_grid
+from mfl_jax.models.layers import Dense, DropPath, HalfNorm, attend, fold_blocks, gelu, resize_grid
 
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12)}  # features, blocks, heads
 START = nn.initializers.truncated_normal(0.02)
@@ -18,10 +18,10 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, there: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, half: Any = None, there: jax.Array | None = None) -> jax.Array:
         """`there` [B, N]: tokens that are attended to, at least one a row; all of them where it is None."""
         b, n, d = x.shape
-        qkv = Dense(3 * d, kernel_init=START, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * d, kernel_init=START, dtype=self.dtype, name="qkv")(x, half)
         mixed = attend(qkv.reshape(b, n, 3, self.heads, d // self.heads), there).reshape(b, n, d)
         return Dense(d, kernel_init=START, dtype=self.dtype, name="proj")(mixed)
 
@@ -30,8 +30,8 @@ class Mlp(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = Dense(4 * x.shape[-1], kernel_init=START, dtype=self.dtype, name="fc1")(x)
+    def __call__(self, x: jax.Array, half: Any = None) -> jax.Array:
+        y = Dense(4 * x.shape[-1], kernel_init=START, dtype=self.dtype, name="fc1")(x, half)
         return Dense(x.shape[-1], kernel_init=START, dtype=self.dtype, name="fc2")(gelu(y))
 
 
@@ -45,10 +45,10 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, train: bool, there: jax.Array | None = None) -> jax.Array:
         attention = Attention(self.heads, self.dtype, name="attn")
         for norm, part in (
-            ("norm1", lambda y: attention(y, there)),
+            ("norm1", lambda y, half: attention(y, half, there)),
             ("norm2", Mlp(self.dtype, name="mlp")),
         ):
-            y = part(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=norm)(x))
+            y = part(*HalfNorm(name=norm)(x))
             y = nn.Dropout(self.dropout, deterministic=not train)(y)
             x = x + DropPath(self.drop_path)(y, train)
         return x

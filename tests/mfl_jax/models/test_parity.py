@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from mfl_jax.models import layers, make
 from mfl_jax.trees import named_leaves
@@ -158,6 +159,28 @@ def test_a_dense_layer_and_its_gradient_against_those_that_jax_derives(wide, fea
     expected, derived = jax.vjp(lambda p, x: x @ p["params"]["kernel"] + p["params"]["bias"], params, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), back(slope), derived(slope))
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_half_a_norm_and_a_dense_layer_are_a_norm_and_a_dense_layer(use_bias, dtype):
+    """In value, and in the gradient of x and of all parameters, which have the same names."""
+    ours = [layers.HalfNorm(), layers.Dense(7, use_bias, dtype=dtype)]
+    theirs = [nn.LayerNorm(epsilon=1e-6, dtype=dtype), nn.Dense(7, use_bias, dtype=dtype)]
+    x, slope = 3 * noise(2, 5, 9) + 1, noise(2, 5, 7, seed=1)
+    params = [shake(module.init(KEY, x), seed) for seed, module in enumerate(theirs)]
+
+    def first(params, x):
+        return ours[1].apply(params[1], *ours[0].apply(params[0], x.astype(dtype))).astype(jnp.float32)
+
+    def second(params, x):
+        return theirs[1].apply(params[1], theirs[0].apply(params[0], x.astype(dtype))).astype(jnp.float32)
+
+    found, back = jax.vjp(jax.jit(first), params, x)
+    expected, derived = jax.vjp(second, params, x)
+    exact = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.05, "atol": 0.05}
+    np.testing.assert_allclose(found, expected, **exact)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **exact), back(slope), derived(slope))
 
 
 def test_groups_that_do_not_divide_the_batch_are_refused():
