@@ -41,31 +41,51 @@ def loop(*, every: int, log_every: int = 10) -> dict:
 
 
 HE = "sides(.75,1)|flip|rotate(20)|jitter(.4,.4,.4,.1,p=.8)|hed(.05)|normalise"
-DENSE = {  # training views of the partners that the phantom draws and real cohorts have
+PARTNERS = ("if", "ihc", "nuclei", "counts")  # of the phantom, each of a kind of its own
+DENSE = {  # training views of every kind of partner
     "if": "sides(.75,1)|flip|rotate(20)|percentile|gain(.2)",
     "ihc": "sides(.75,1)|flip|rotate(20)|jitter(.4,.4,.4,.1,p=.8)|normalise",
     "nuclei": "sides(.75,1)|flip|rotate(20)|onehot(8,channel=1)|boundary",
+    "map": "sides(.75,1)|flip|rotate(20)|onehot(8)|boundary",
     "counts": "log1p|genedrop|permute|noise",
 }
 DENSE_EVAL = {
     "if": "centre|percentile",
     "ihc": "centre|normalise",
     "nuclei": "centre|onehot(8,channel=1)|boundary",
+    "map": "centre|onehot(8)|boundary",
     "counts": "log1p",
 }
 PHANTOM_ENCODER = "compact,patch=2,widths=32-32-64"
 SIZES = ("phantom", "gpu", "tiny")
-TINY = {name: view.replace("centre", "flip") for name, view in {"he": "flip|normalise", **DENSE_EVAL}.items()}
+TINY = {view: DENSE_EVAL[kind].replace("centre", "flip") for kind, view in DENSE.items()}  # quick to compile
 
 
 def words(arg: str, known: tuple[str, ...], name: str) -> set[str]:
-    """The words after the colon, each of them known; at most one says the size."""
+    """The words after the colon, each of them known; at most one says the size. Where kinds of partners are words, so
+    are partners of any name, with their kind: 'her2:ihc'."""
     given = set(arg.split(",")) - {""}
-    if unknown := given - {*SIZES, *known}:
-        raise ValueError(f"configs/{name}.py knows {', '.join((*SIZES, *known))}, not {', '.join(sorted(unknown))}")
+    named = {word for word in given if ":" in word and word.partition(":")[2] in DENSE.keys() & set(known)}
+    if unknown := given - {*SIZES, *known, *named}:
+        also = "; or NAME:KIND for a partner of another name" if DENSE.keys() & set(known) else ""
+        told = f"{', '.join((*SIZES, *known))}{also}; not {', '.join(sorted(unknown))}"
+        raise ValueError(f"configs/{name}.py knows {told}")
     if len(given & set(SIZES)) > 1:
         raise ValueError(f"configs/{name}.py takes one of {', '.join(SIZES)}")
     return given
+
+
+def partners(given: set[str]) -> dict[str, str]:
+    """The kind of every partner that was given; IF where none was."""
+    named = dict(sorted(word.split(":", 1) for word in given if ":" in word))
+    return {kind: kind for kind in DENSE if kind in given} | named or {"if": "if"}
+
+
+def partner(given: set[str]) -> tuple[str, str]:
+    """(name, kind) of the one partner."""
+    if len(found := partners(given)) > 1:
+        raise ValueError(f"the partner is one of {', '.join(DENSE)}, not {' and '.join(found)}")
+    return next(iter(found.items()))
 
 
 def one_of(given: set[str], choices: tuple[str, ...], what: str) -> str:
@@ -81,8 +101,8 @@ def sized(config: ConfigDict, given: set[str]) -> None:
     if "tiny" in given:
         config.total, config.optim.warmup, config.optim.lr = ConfigDict({"steps": 2}), "0 steps", 1e-3
         config.data.batch, config.views.size = 8, 16
-        for name in set(config.views) & set(TINY):  # views take longer to compile than all else
-            config.views[name] = ("2*" if config.views[name].startswith("2*") else "") + TINY[name]
+        he = {config.views.he: "flip|normalise"} if "he" in config.views else {}
+        _replace(config.views, TINY | {text.removeprefix("2*"): short for text, short in he.items()})
     elif "phantom" in given:
         config.total, config.optim.lr, config.optim.warmup = ConfigDict({"steps": 500}), 6e-3, "5%"
         config.data.batch, config.views.size = 64, 48
@@ -109,11 +129,15 @@ def _phantom_views(views: ConfigDict, side: float) -> None:
         DENSE_EVAL["if"]: f"{centre}|only(1)|scale(10000)",
         DENSE_EVAL["nuclei"]: f"{centre}|{nuclei}",
     }
+    _replace(views, told)
+
+
+def _replace(views: ConfigDict, by: dict[str, str]) -> None:
     for name, view in views.items():
         if isinstance(view, str):
             copies = "2*" if view.startswith("2*") else ""
             text = view.removeprefix("2*")
-            views[name] = copies + told.get(text, text)
+            views[name] = copies + by.get(text, text)
 
 
 def encoder(given: set[str], kind: str = "image") -> str:
@@ -128,11 +152,11 @@ def encoder(given: set[str], kind: str = "image") -> str:
     return "compact,widths=8" if "tiny" in given else PHANTOM_ENCODER if "phantom" in given else "resnet50"
 
 
-def dense_encoder(given: set[str], partner: str) -> str:
+def dense_encoder(given: set[str], kind: str) -> str:
     """What a partner shows is plain to see: on the phantom a coarser encoder does."""
-    if "phantom" in given and partner != "counts":
+    if "phantom" in given and kind != "counts":
         return "compact,patch=4,widths=32-64"
-    return encoder(given, "vector" if partner == "counts" else "image")
+    return encoder(given, "vector" if kind == "counts" else "image")
 
 
 def projector(given: set[str]) -> str:

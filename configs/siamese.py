@@ -12,8 +12,8 @@ gpu           224 px, ResNet-50, bfloat16, near 200 um and far 800 um, 3,000 ste
 tiny          two steps of almost nothing, for tests.
 Words         loss: margin (default), triplet.
 Expect        paper: tumour retrieval and far/near distance ratio above ImageNet features and a generic self-supervised
-              method. The ratio alone rewards stain and smoothness: read it beside retrieval across cases. Here: not yet
-              measured.
+              method. The ratio alone rewards stain and smoothness: read it beside retrieval across cases. On
+              the phantom (README, Evidence): tissue with a mAP of .482, above all others; the ratio 1.37, colour 1.49.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,8 @@ phantom       48 px, a compact convnet, 500 steps of 64: 1 to 2 minutes on two C
 gpu           224 px, ResNet-50, bfloat16, 3,000 steps, on the slides of `mfl demo --gpu-size`. In the demo's
               batches of 64: 1,300 tiles/s on an H200 beside four other runs.
 tiny          two steps of almost nothing, for tests.
-Words         input: H&E (default), alone (the partner only), both; partner: if (default), ihc, nuclei, counts.
+Words         input: H&E (default), alone (the partner only), both; partner: if (default), ihc, nuclei, counts;
+              of another name with the kind it is like, her2:ihc (kinds: these four, and map, classes in one channel).
 Expect        the most that labels can give to this encoder: an AUC of .92 on the phantom (three seeds), .98 in the
               demo's `gpu` (one seed). `both`: not measured.
 """
@@ -20,15 +21,13 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-PARTNERS = ("if", "ihc", "nuclei", "counts")
-
 
 def get_config(arg: str = "") -> ConfigDict:
-    given = common.words(arg, (*PARTNERS, "alone", "both"), "supervised")
+    given = common.words(arg, (*common.DENSE, "alone", "both"), "supervised")
     inputs = common.one_of(given, ("he", "alone", "both"), "input")
-    partner = common.one_of(given, PARTNERS, "partner")
+    partner, kind = common.partner(given)
     used = {"he": (), "alone": (partner,), "both": (partner,)}[inputs]
-    if given & set(PARTNERS) and not used:
+    if not used and (given & common.DENSE.keys() or any(":" in word for word in given)):
         raise ValueError(f"configs/supervised.py: {partner} is no input; say also alone, or both")
     small = bool(given & set(common.SIZES))
     config = ConfigDict(common.loop(every=200 if small else 1000))
@@ -41,8 +40,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.encoder = common.encoder(given)
         config.views.he, config.views.eval = common.HE, "centre|normalise"
     for name in used:
-        config.views[name], config.views[f"eval_{name}"] = common.DENSE[name], common.DENSE_EVAL[name]
-        config.supervised.encoders[name] = common.dense_encoder(given, name)
+        config.views[name], config.views[f"eval_{name}"] = common.DENSE[kind], common.DENSE_EVAL[kind]
+        config.supervised.encoders[name] = common.dense_encoder(given, kind)
     config.supervised.head = "linear"
     config.supervised.target = "label"  # or a column of data.columns
     config.supervised.threshold = None  # of a column: two classes, above it and not
@@ -56,6 +55,6 @@ def get_config(arg: str = "") -> ConfigDict:
 def sweep() -> Iterator[str]:
     """What is after the colon, one run each: H&E, and every partner alone and together with it."""
     yield ""
-    for partner in PARTNERS:
+    for partner in common.PARTNERS:
         yield f"{partner},alone"
         yield f"{partner},both"

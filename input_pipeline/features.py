@@ -31,9 +31,10 @@ class Bag:
     """What a file holds."""
 
     features: np.ndarray  # float16 or float32 [N, D]
-    coords: np.ndarray  # float64 [N, 2]: corners, in level-0 px where `side` is known
+    coords: np.ndarray  # float64 [N, 2]: corners, in level-0 px, or um where `unit` is that
     side: float  # of a tile in level-0 px; nan where the file does not say
     notes: Mapping[str, Any]  # attributes, of the file and of its coordinates
+    unit: str = "px"  # 'um' of STAMP's files where um per px is not known
 
     def text(self, name: str) -> str:
         """An attribute that is text; '' where there is none."""
@@ -124,7 +125,7 @@ def read_bag(path: str | os.PathLike, *, mpp: float | None = None) -> Bag:
         raise BagError(f"{path} has features or coords that are not finite")
     features = features if features.dtype == np.float16 else features.astype(np.float32)
     if stamp:
-        return Bag(features, *_from_um(path, coords, notes, mpp), notes)
+        return Bag(features, *_from_um(path, coords, notes, mpp))
     side = number(notes.get("patch_size_level0"))
     if not side > 0:  # TRIDENT's older files, which have no patch_size_level0
         at_target, level0, target = (number(notes.get(name)) for name in TRIDENT)
@@ -143,16 +144,23 @@ def _dataset(path: Path, file: Any, name: str) -> np.ndarray:
     return data[()]
 
 
-def _from_um(path: Path, coords: np.ndarray, notes: Mapping[str, Any], mpp: float | None) -> tuple[np.ndarray, float]:
+def side_um(notes: Mapping[str, Any]) -> float:
+    """Side of a tile, as STAMP writes it; nan where there is none."""
+    return number(notes.get("tile_size_um", notes.get("tile_size")))
+
+
+def _from_um(
+    path: Path, coords: np.ndarray, notes: Mapping[str, Any], mpp: float | None
+) -> tuple[np.ndarray, float, Mapping[str, Any], str]:
+    """All of a bag but its features."""
     unit = notes.get("unit", "um")
     unit = unit.decode() if isinstance(unit, bytes) else unit
     if unit != "um":
         raise BagError(f"{path}: coords are in {unit!r}; STAMP files hold um")
     scale = number(notes.get("mpp_level0")) if mpp is None else mpp
-    side = number(notes.get("tile_size_um", notes.get("tile_size")))
     if not scale > 0:
-        return coords, math.nan
-    return coords / scale, side / scale
+        return coords, math.nan, notes, "um"
+    return coords / scale, side_um(notes) / scale, notes, "px"
 
 
 def number(value: Any) -> float:

@@ -111,15 +111,17 @@ def collect(
     split: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Collected:
-    """Every run embedded once, on all tiles of the set, or of a split. `baselines`: 'random', the first arm's encoder
-    before it has learnt anything; 'colour', statistics of the colours of a tile; 'mean', of the tile features of a
-    region. A run that was trained on a task's own target is scored on it by its own predictions.
+    """Every run embedded once, on all tiles of the set, or of a split. `baselines`: 'random', before it has learnt
+    anything the encoder of the first arm that needs no partner (of the first, where all do); 'colour', statistics of
+    the colours of a tile; 'mean', of the tile features of a region. A run that was trained on a task's own target is
+    scored on it by its own predictions.
     """
     arms: list[ArmRuns] = []
     columns: dict[str, np.ndarray] = {}
     digests: dict[str, str] = {}
     notes: list[str] = []
     untaught: list[Seed] = []
+    random_of: tuple[str, tuple[str, ...]] | None = None  # an arm, and the partners that its encoder needs
     _check_baselines(baselines, tileset)
     held = held_tiles(tileset, mesh, batch=batch, split=split)
     embed = functools.partial(_embed, tileset=tileset, mesh=mesh, batch=batch, split=split, held=held)
@@ -128,6 +130,8 @@ def collect(
         seeds: list[Seed] = []
         first = trained.open_run(members[0].path, mesh)
         seen = partners_of_embed(first, feature)
+        if fresh := "random" in baselines and (random_of is None or (bool(random_of[1]) and not seen)):
+            untaught, random_of = [], (name, seen)
         of_arm = functools.partial(embed, first.method.embed, partners=seen)  # one function: seeds share its program
         for asked in members:
             say(f"embedding {count:,} tiles: {asked.path}")
@@ -137,11 +141,12 @@ def collect(
             found = of_arm(run.params, run.extra)
             columns = found.columns
             seeds.append(_seed(run, found.features, feature, tasks))
-            if "random" in baselines and not arms:
+            if fresh:
                 untaught.append(Seed(run.config.seed, of_arm(*trained.initial(run)).features[feature]))
         arms.append(_arm(name, members[0], tuple(seeds), seen, first.step))
-    if "random" in baselines:
-        what = f"nothing: the encoder of {arms[0].title} as it was drawn"
+    if random_of is not None:
+        what = f"nothing: the encoder of {random_of[0]} as it was drawn"
+        what += f"; sees {', '.join(random_of[1])} at inference" if random_of[1] else ""
         arms.append(ArmRuns("random", "Random encoder", "baseline", tuple(untaught), what))
     if "colour" in baselines:
         colours = Seed(0, embed(colour_statistics, {}, {}).features["he"])

@@ -7,17 +7,22 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from input_pipeline.excluded import excluded
-from input_pipeline.features import BagError, find_folder
+from input_pipeline.features import BagError, find_folder, number
 from input_pipeline.features import read_bag as read_file
 from input_pipeline.table import read_rows
 
 if TYPE_CHECKING:
     from mfl_jax.evaluators.embed import Embedded
+
+# What files of one folder agree in, where they say it. CLAM's patch_size is of some level, and says nothing without
+# a scale beside it.
+ALIKE = ("encoder_sha256", "mpp_target", "target_magnification", "tile_size_um", "tile_size_px", "patch_size")
+SCALES = ("mpp_target", "target_magnification")
 
 
 @dataclass(frozen=True)
@@ -164,12 +169,14 @@ def read_folder(folder: str | os.PathLike, table: Table, *, mpp: float | None = 
             f"{root} lacks {len(missing)} of {len(paths)} slides of the table: {', '.join(missing[:5])}. "
             "Extract them, or take them out of the table"
         )
-    read = [read_bag(path, mpp=mpp) for path in paths]
+    found = [read_file(path, mpp=mpp) for path in paths]
+    read = [(bag.features, bag.coords, bag.side) for bag in found]
     dims = {f.shape[1]: path.name for (f, _, _), path in zip(read, paths, strict=True) if len(f)}
     if len(dims) > 1:
         raise BagError(f"{root} holds features of different encoders: {dims} (length: a file of it)")
     if not dims:
         raise BagError(f"no slide of the table has a tile in {root}")
+    check_alike(root, {path.name: bag.notes for path, bag in zip(paths, found, strict=True) if len(bag.features)})
     dim = next(iter(dims))
     dtype = np.result_type(*{f.dtype for f, _, _ in read if len(f)})
     features = np.concatenate(
@@ -183,6 +190,36 @@ def read_folder(folder: str | os.PathLike, table: Table, *, mpp: float | None = 
     notes += [f"{extra} files in {root.name} are of slides that the table does not list"] if extra else []
     tile = np.array([t for *_, t in read])
     return Bags(features, coords, offsets, table.slides, table.cases, tile, tuple(notes))
+
+
+def check_alike(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Features of two encoders, or of tiles of two scales or sizes, would be one set to whoever reads the folder, for
+    they may well be of one length. BagError names two such files by their attributes; one that a file lacks is not
+    asked of it."""
+    for what in ALIKE:
+        first: tuple[str, str | float] | None = None
+        for name, notes in files.items():
+            value = notes.get(what)
+            value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+            value = value if isinstance(value, str) else number(value)
+            if value == "" or value != value or (what == "patch_size" and not set(SCALES) & set(notes)):
+                continue
+            first = first or (name, value)
+            if not _equal(first[1], value):
+                raise BagError(
+                    f"{folder} holds features that do not belong together: {what} of {first[0]} is {_shown(first[1])}, "
+                    f"that of {name} {_shown(value)}. Give each kind a folder of its own"
+                )
+
+
+def _equal(a: str | float, b: str | float) -> bool:
+    if isinstance(a, str) or isinstance(b, str):
+        return a == b
+    return math.isclose(a, b, rel_tol=1e-3)
+
+
+def _shown(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def read_bag(path: str | os.PathLike, *, mpp: float | None = None) -> tuple[np.ndarray, np.ndarray, float]:

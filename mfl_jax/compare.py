@@ -38,13 +38,14 @@ def evaluate(
     feature: str = "he",
     batch: int = 256,
     limits: tuple[float, float] = (0.0, 0.0),
+    across: str = "case",
     transductive: bool = False,
     resamples: int = 2000,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, Any], looks.Pictures]:
     """results.json of the runs, and its pictures. `decoded` are the partners of the kind 'decode': all of the set where
     none is named; `truth` is what the maps of the kind 'saliency' are scored against, see looks.truth_of; `limits` the
-    near and far um of the kind 'distance_ratio'.
+    near and far um of the kind 'distance_ratio'; `across` what is left out of the answers of the kind 'retrieval'.
     """
     tasks = [task] if set(kinds) - set(evaluation.WITHOUT_TASK) else []
     if "distance_ratio" in kinds:
@@ -70,6 +71,7 @@ def evaluate(
         "kinds": kinds,
         "targets": targets,
         "limits": limits,
+        "across": across,
         "transductive": transductive,
         "resamples": resamples,
         "say": say,

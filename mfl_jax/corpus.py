@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,15 @@ Pictures = Callable[[Sequence[int]], list[np.ndarray | None]]
 @dataclass(frozen=True)
 class Corpus:
     """Row i of everything is one tile, whose number for people is `tile`. x and y are its corner and `side` its side in
-    level-0 px, mpp is um per level-0 px; nan where not known.
+    level-0 px, mpp is um per level-0 px; nan where not known. Where there is a column `unit` that says 'um' of a tile,
+    x, y and side are um, and mpp is not known.
     """
 
     features: np.ndarray  # float32 [N, D]
     columns: dict[str, np.ndarray]  # NAMES, and whatever else is known of a tile
     pictures: Pictures
     classes: dict[str, tuple[str, ...]]  # of columns that hold classes by number
+    trained: tuple[str, ...] | None = None  # cases that the encoder was trained on; None where nothing says
 
     def __len__(self) -> int:
         return len(self.features)
@@ -74,7 +76,7 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
         return he
 
     names = {"label": tuple(tiles.spec.label_names)} if tiles.spec.label_names else {}
-    return Corpus(found.features[feature], columns_of(found, tiles), pictures, names)
+    return Corpus(found.features[feature], columns_of(found, tiles), pictures, names, facts.train_cases)
 
 
 def columns_of(found: "Embedded", tiles: "TileSet") -> dict[str, np.ndarray]:
@@ -91,17 +93,25 @@ def of_folder(folder: Path, slides: Path | None = None) -> Corpus:
     slides the pictures are read from. Where a file names no slide, its own name is that; where it names no case, the
     cohort does, or else TCGA's patient, or else the slide is its own case.
     """
-    from mfl_jax.bags import find_folder, read_bag
+    from input_pipeline.features import find_folder, read_bag, side_um
+    from mfl_jax.bags import check_alike
     from mfl_jax.slides import case_of, read_cohort
+    from mfl_jax.store import trained_cases
 
     known = {} if slides is None else {slide.slide_id: slide for slide in read_cohort(slides)}
-    paths = sorted(find_folder(folder).glob("*.h5"))
-    features, parts = [], []
+    root = find_folder(folder)
+    paths = sorted(root.glob("*.h5"))
+    features, parts, units = [], [], []
+    said: dict[str, Mapping[str, Any]] = {}
     for path in paths:
-        of_file, coords, side = read_bag(path)
+        bag = read_bag(path)
+        of_file, coords = bag.features, bag.coords
         slide, case, mpp = _said(path)
+        side = side_um(bag.notes) if bag.unit == "um" else bag.side
         case = case or (known[slide].case_id if slide in known else case_of(slide))
         size = len(of_file)
+        said |= {path.name: bag.notes} if size else {}
+        units.append(np.full(size, bag.unit))
         features.append(np.asarray(of_file, np.float32))
         fixed = {"slide": slide, "case": case, "mpp": mpp, "side": side}
         parts.append({"x": coords[:, 0], "y": coords[:, 1]} | {k: np.full(size, v) for k, v in fixed.items()})
@@ -109,21 +119,26 @@ def of_folder(folder: Path, slides: Path | None = None) -> Corpus:
     if len(lengths) != 1:
         what = f"features of different lengths: {lengths}" if lengths else "no tile"
         raise ValueError(f"{folder} holds {what}")
+    check_alike(root, said)
     kept = [i for i, f in enumerate(features) if len(f)]
     columns = {name: np.concatenate([parts[i][name] for i in kept]) for name in NAMES[1:]}
     columns["tile"] = np.arange(len(columns["slide"]))
+    if (unit := np.concatenate([units[i] for i in kept]) == "um").any():
+        columns["unit"] = np.where(unit, "um", "px")
     return Corpus(
         np.concatenate([features[i] for i in kept]),
         columns,
         _of_slides(columns, {name: of.he for name, of in known.items()}),
         {},
+        trained_cases(root),
     )
 
 
 def locate(corpus: Corpus, slide: str, x: float, y: float, *, um: bool = False, radius: float = 0.0) -> np.ndarray:
     """Rows of the tile at a place of a slide; with a radius, of all whose centre lies within, the nearest first.
 
-    Places are level-0 px, or um. ValueError where no tile is there, with the place of the nearest.
+    Places are level-0 px, or um: either is refused where it is not known how the other's tiles lie in it. ValueError
+    where no tile is there, with the place of the nearest.
     """
     of_slide = corpus.columns["slide"].astype(str)
     rows = np.flatnonzero(of_slide == slide)
@@ -134,7 +149,12 @@ def locate(corpus: Corpus, slide: str, x: float, y: float, *, um: bool = False, 
             f"there is no slide {slide!r} among {len(names)}, such as {', '.join(names[:3])}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    scale = corpus.columns["mpp"][rows].astype(np.float64) if um else np.ones(len(rows))
+    in_um = corpus.columns["unit"][rows[0]] == "um" if "unit" in corpus.columns else False
+    if in_um and not um:
+        raise ValueError(
+            f"tiles of slide {slide!r} lie at places in um, and its um per px is not known: give the place in um (--um)"
+        )
+    scale = corpus.columns["mpp"][rows].astype(np.float64) if um and not in_um else np.ones(len(rows))
     if not np.isfinite(scale).all():
         raise ValueError(f"um per px of slide {slide!r} is not known: give the place in level-0 px")
     side = np.nan_to_num(corpus.columns["side"][rows].astype(np.float64), nan=1.0) * scale
@@ -168,16 +188,16 @@ def _said(path: Path) -> tuple[str, str, float]:
 
 def _of_slides(columns: dict[str, np.ndarray], files: dict[str, Path]) -> Pictures:
     def pictures(rows: Sequence[int]) -> list[np.ndarray | None]:
-        return [_cut(files, {name: columns[name][i] for name in NAMES}) for i in rows]
+        return [_cut(files, {name: values[i] for name, values in columns.items()}) for i in rows]
 
     return pictures
 
 
 def _cut(files: dict[str, Path], tile: dict[str, Any]) -> np.ndarray | None:
-    """None where the cohort has no such slide, or the side of its tiles is not known."""
+    """None where the cohort has no such slide, or the side of its tiles in px is not known."""
     from input_pipeline.slides.reader import open_slide
 
-    if tile["slide"] not in files or not tile["side"] > 0:
+    if tile["slide"] not in files or not tile["side"] > 0 or tile.get("unit") == "um":
         return None
     side = max(1, round(float(tile["side"])))
     with open_slide(files[tile["slide"]]) as slide:

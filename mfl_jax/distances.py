@@ -19,9 +19,11 @@ def retrieved(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
     prefix, chances = f"{task.name}/retrieval", {}
     results: dict[str, list[Result]] = {}
     for arm in arms:
-        asked.say(f"retrieval in other cases, {task.name}: {arm.title}")
+        asked.say(f"retrieval in other {asked.across}s, {task.name}: {arm.title}")
+        options = [asked.of(run) | {"across": asked.across} for run in arm.seeds]
         each = [
-            retrieval.evaluate(run.features, asked.columns, asked.splits, task, **asked.of(run)) for run in arm.seeds
+            retrieval.evaluate(run.features, asked.columns, asked.splits, task, **o)
+            for run, o in zip(arm.seeds, options, strict=True)
         ]
         for number, one in enumerate(each):
             found.seeds[arm.name][number] |= {f"{prefix}/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
@@ -35,7 +37,7 @@ def retrieved(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
         rows.append({"key": f"{prefix}/{name}", "title": TITLES[name]} | chance)
         if any(f"{prefix}/positive_{name}" in found.metrics[arm.name] for arm in arms):
             rows.append({"key": f"{prefix}/positive_{name}", "title": f"{TITLES[name]}, class 1"})
-    found.tasks.append({"name": prefix, "title": f"{task.name}, found in other cases", "metrics": rows})
+    found.tasks.append({"name": prefix, "title": f"{task.name}, found in other {asked.across}s", "metrics": rows})
     findings.differences(results, "map", prefix, asked.pairs, asked, found, mean_score)
 
 

@@ -73,6 +73,7 @@ def assemble(
     few_pairs: Sequence[tuple[str, str]] | None = None,
     targets: Mapping[str, np.ndarray] | None = None,
     limits: tuple[float, float] = (0.0, 0.0),
+    across: str = "case",
     slide_probe: bool = True,
     transductive: bool = False,
     resamples: int = 2000,
@@ -85,6 +86,7 @@ def assemble(
     few_pairs     the same on FEW of the labels, where an arm that was trained on as few stands beside probes
     targets       summaries of the partners (evaluators.decode.summaries), for the kind 'decode'
     limits        um below which a pair of tiles is near and above which it is far, for the kind 'distance_ratio'
+    across        'case' or 'slide': what the neighbours of a tile are not of, for the kind 'retrieval'
     slide_probe   whether 'batch_effect' fits a linear probe over slides, beside what takes no fit
 
     The key of a metric is 'task/auc' for the probe and 'task/kind/auc' for the others. LeakError where an arm was
@@ -94,7 +96,16 @@ def assemble(
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"arms have different names, and there is at least one; not {names}")
     asked = Asked(
-        columns, splits, pairs, few_pairs, slide_probe, transductive, resamples, seed, say or (lambda line: None)
+        columns,
+        splits,
+        pairs,
+        few_pairs,
+        slide_probe,
+        transductive,
+        resamples,
+        seed,
+        say or (lambda line: None),
+        across,
     )
     found = Found({name: {} for name in names}, {arm.name: [{} for _ in arm.seeds] for arm in arms})
     for arm in arms:
@@ -160,14 +171,23 @@ def _few_label(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) 
         for unit in few_label.UNITS:
             points = [[p for p in curve.points if p.unit == unit] for curve in curves]
             line: dict[str, Any] = {"arm": arm.name, "by": unit, "metric": f"{task.name}/auc"}
-            line |= {"x": [], "y": [], "low": [], "high": []}
-            for same in zip(*points, strict=True):
+            line |= {"x": [], "y": [], "low": [], "high": [], "cases": [], "tiles": []}
+            counts = [(p.labels, p.cases) for p in points[0]]
+            for number, same in enumerate(zip(*points, strict=True)):
+                if counts[number] in counts[number + 1 :]:  # so few units that less is not to be had
+                    told = (
+                        f"{same[0].fraction:.0%} of the {unit} are no fewer labels than the next fraction, and left out"
+                    )
+                    findings.note(found, arm, f"{task.name}/few_label", [told])
+                    continue
                 scores = np.concatenate([p.scores for p in same])  # draws of labels and seeds alike
                 first = curves[0]
                 intervals, notes = class_metrics(first.labels, scores, first.cases, ("auc",), **asked.drawn())
                 findings.note(found, arm, f"{task.name}/few_label", notes)
                 given = findings.document_of(intervals["auc"]) if "auc" in intervals else {"mean": None}
                 line["x"].append(same[0].fraction)
+                line["cases"].append(same[0].cases)
+                line["tiles"].append(same[0].labels)
                 for end, name in (("y", "mean"), ("low", "low"), ("high", "high")):
                     line[end].append(given.get(name))
             found.labels.append(line)

@@ -9,9 +9,10 @@ encoder, the tiles and the parameters, by whose hash a rerun knows what is left 
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from input_pipeline.cores import available_cores
+from input_pipeline.features import number
 from input_pipeline.files import only_one
 from input_pipeline.ledger import Ledger
 from input_pipeline.tile import Report, write_status_table
@@ -61,7 +63,7 @@ def extract(
         jobs = [_Job(entry, source, place, encoder) for entry in source.entries]
         for path in (p for job in jobs for p in job.files.values()):
             store.remove_parts(path)
-        _check_others(place, jobs)
+        _check_others(place, source, jobs)
         todo = [job for job in jobs if not job.look()]
         report.kept = len(jobs) - len(todo)
         work = [job for job in todo if not job.entry.fault]
@@ -114,8 +116,8 @@ def _account(ledger: Ledger, bar: Any, say: Callable[[str], None]) -> Callable[[
     return ended
 
 
-def _check_others(place: Layout, jobs: Sequence["_Job"]) -> None:
-    """Features of two encoders in one folder would be one set to whoever reads it."""
+def _check_others(place: Layout, source: Source, jobs: Sequence["_Job"]) -> None:
+    """Features of two encoders, or of tiles of two scales or sizes, would be one set to whoever reads the folder."""
     wanted = {job.files["features"] for job in jobs}
     for path in sorted(p for folder in {w.parent for w in wanted} for p in folder.glob("*.h5")):
         about = store.stored_attributes(path)
@@ -123,11 +125,22 @@ def _check_others(place: Layout, jobs: Sequence["_Job"]) -> None:
             raise ValueError(
                 f"{path} is damaged, or was not written by mfl extract: move it away, or choose another --out"
             )
-        if path not in wanted and about["encoder_sha256"] != place.sha256:
+        if path not in wanted and (other := _other(about, place, source)):
             raise ValueError(
-                f"{path} is of a slide that was not asked for, and of another encoder ({about['encoder']}): choose "
-                "another --out, or move it away"
+                f"{path} is of a slide that was not asked for, and of {other}: choose another --out, or move it away"
             )
+
+
+def _other(about: Mapping[str, Any], place: Layout, source: Source) -> str:
+    """What a file is of, where it is not of this encoder and of tiles of this scale and size; else ''."""
+    if about["encoder_sha256"] != place.sha256:
+        return f"another encoder ({about['encoder']})"
+    mpp, size = (number(about.get(name)) for name in ("mpp_target", "patch_size"))
+    if mpp > 0 and not math.isclose(mpp, source.mpp, rel_tol=1e-3):
+        return f"tiles of another scale ({mpp:g} um per px, not {source.mpp:g})"
+    if size > 0 and size != source.size:
+        return f"tiles of another size ({size:g} px, not {source.size})"
+    return ""
 
 
 class _Job:

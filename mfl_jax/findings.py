@@ -85,6 +85,7 @@ class Asked:
     resamples: int
     seed: int
     say: Say
+    across: str = "case"  # what neighbours of a tile are not of, in retrieval: its case, or its slide
 
     def of(self, run: Seed) -> dict[str, Any]:
         """Of one seed only the values are wanted: intervals are made once, over all seeds."""

@@ -65,7 +65,7 @@ def info_nce(
     a, b = normalise(present(a, mask)), normalise(present(b, mask))
     scale = jnp.float32(1 / temperature)
     if log_scale is not None:
-        scale = jnp.minimum(jnp.exp(log_scale.astype(jnp.float32)), MAX_SCALE)
+        scale = jnp.exp(capped(log_scale.astype(jnp.float32)))
     positive = jnp.sum(a * b, -1)
     rows, columns, best = pair_lse(a, b, scale, group, mask, block=block, mesh=mesh, axis=axis)
     loss = masked_mean((rows + columns) / 2 - scale * positive, mask)
@@ -75,6 +75,18 @@ def info_nce(
         "scale": scale,
     }
     return loss, metrics
+
+
+@jax.custom_vjp
+def capped(log_scale: Array) -> Array:
+    """At most log(MAX_SCALE). Above it the gradient still leads back: only what would raise it further is 0."""
+    return jnp.minimum(log_scale, jnp.log(MAX_SCALE))
+
+
+capped.defvjp(
+    lambda x: (capped(x), x >= jnp.log(MAX_SCALE)),
+    lambda above, slope: (jnp.where(above & (slope < 0), 0.0, slope),),
+)
 
 
 def queue_nce(

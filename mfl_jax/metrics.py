@@ -1,5 +1,6 @@
 """Metrics as they are made: JSON lines always, TensorBoard and Weights & Biases when asked."""
 
+import hashlib
 import json
 import math
 import os
@@ -22,13 +23,14 @@ class Metrics:
         self, workdir: Path, writers: tuple[str, ...] = (), config: Mapping[str, Any] | None = None, process: int = 0
     ):
         check_writers(writers)
-        self._sinks: list[Sink] = []
+        sinks: list[tuple[Sink, Callable[[], None]]] = []
         path = workdir / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
         writers = () if process else writers
         if "tensorboard" in writers:
-            self._sinks.append(_tensorboard(workdir))
+            sinks.append(_tensorboard(workdir))
         if "wandb" in writers:
-            self._sinks.append(_wandb(workdir, config or {}))
+            sinks.append(_wandb(workdir, config or {}))
+        self._sinks, self._ends = [sink for sink, _ in sinks], [end for _, end in sinks]
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._end_last_line(path)
 
@@ -55,6 +57,8 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
+        for end in self._ends:
+            end()
 
 
 def check_writers(writers: tuple[str, ...]) -> None:
@@ -73,7 +77,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _tensorboard(workdir: Path) -> Sink:
+def _tensorboard(workdir: Path) -> tuple[Sink, Callable[[], None]]:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -85,13 +89,15 @@ def _tensorboard(workdir: Path) -> Sink:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return write
+    return write, writer.close
 
 
-def _wandb(workdir: Path, config: Mapping[str, Any]) -> Sink:
+def _wandb(workdir: Path, config: Mapping[str, Any]) -> tuple[Sink, Callable[[], None]]:
     try:
         import wandb
     except ImportError:
         raise ValueError("writer 'wandb' needs wandb: pip install wandb") from None
-    run = wandb.init(dir=str(workdir), config=dict(config), resume="allow", id=workdir.name)
-    return lambda step, values: run.log(dict(values), step=step)
+    # Two folders of one name are two runs; a folder that goes on is the same run. WANDB_PROJECT says the project.
+    own = f"{workdir.name}-{hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:8]}"
+    run = wandb.init(dir=str(workdir), config=dict(config), name=workdir.name, id=own, resume="allow")
+    return (lambda step, values: run.log(dict(values), step=step)), run.finish

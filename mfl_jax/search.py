@@ -58,8 +58,8 @@ def _found(asker: Corpus, corpus: Corpus, query: np.ndarray, k: int, own: np.nda
 
 
 def lines(corpus: Corpus, hits: Hits, label: str = "") -> list[dict[str, str]]:
-    """One row a hit, as text: rank, cosine, tile, case, slide, x, y and the label."""
-    names = (*PLACE, *((label,) if label else ()))
+    """One row a hit, as text: rank, cosine, tile, case, slide, x, y, their unit where it is not px, and the label."""
+    names = shown(corpus, label)
     texts = {name: corpus.text(name, hits.rows) for name in names}
     return [
         {"rank": str(i + 1), "cosine": f"{hits.cosine[i]:.4f}"} | {n: texts[n][i] for n in names}
@@ -67,9 +67,14 @@ def lines(corpus: Corpus, hits: Hits, label: str = "") -> list[dict[str, str]]:
     ]
 
 
+def shown(corpus: Corpus, label: str = "") -> tuple[str, ...]:
+    """Columns that tell people of a tile."""
+    return (*PLACE, *(("unit",) if "unit" in corpus.columns else ()), *((label,) if label else ()))
+
+
 def described(corpus: Corpus, hits: Hits, label: str = "") -> str:
     """The query in words."""
-    names = (*PLACE, *((label,) if label else ()))
+    names = shown(corpus, label)
     first = ", ".join(f"{name} {corpus.text(name, hits.query[:1])[0]}" for name in names)
     return first if len(hits.query) == 1 else f"{len(hits.query)} tiles around {first}"
 

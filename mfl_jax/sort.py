@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from input_pipeline.files import save_picture, whole, write_json
+from mfl_jax import search
 from mfl_jax.corpus import Corpus
 from mfl_jax.evaluators import clusters
 from mfl_jax.evaluators.clusters import Agreement, Clusters
@@ -25,15 +26,20 @@ class Sorted:
     agreement: Agreement | None
     names: tuple[str, ...]  # of clusters: number, tiles, and the commonest class where classes are asked for
     unknown: int = 0  # tiles without a class, which the agreement leaves out
+    notes: tuple[str, ...] = ()  # on the cases that it leaves out
 
 
 def sort(corpus: Corpus, k: int, task: Task | None = None, *, seed: int = 0, resamples: int = 2000) -> Sorted:
-    """k clusters of all tiles and, with a task, how far they are its classes (of the tiles whose class is known)."""
+    """k clusters of all tiles and, with a task, how far they are its classes: of the tiles whose class is known, in
+    cases that the encoder was not trained on."""
     if not 1 < k <= MOST:
         raise ValueError(f"k is from 2 to {MOST}, which a map can tell apart; it is {k}")
     agreed, common = None, [""] * k
     target, known = task.read(corpus.columns) if task else (np.zeros(0, int), np.zeros(0, bool))
     found = clusters.find(corpus.features, k, seed=seed)
+    unseen, notes = _unseen(corpus, known) if task else (known, ())
+    unknown = int((unseen & ~known).sum())
+    known = known & unseen
     if task and known.any():
         of = (found.assignment[known], target[known], corpus.columns["case"][known])
         agreed = clusters.agreement(*of, task=task.name, resamples=resamples, seed=seed)
@@ -41,7 +47,23 @@ def sort(corpus: Corpus, k: int, task: Task | None = None, *, seed: int = 0, res
             if row.sum():
                 common[number] = f", {row.max() / row.sum():.0%} {_class_name(corpus, task, int(row.argmax()))}"
     names = tuple(f"{i}: {size} tiles{common[i]}" for i, size in enumerate(found.sizes))
-    return Sorted(found, agreed, names, int((~known).sum()))
+    return Sorted(found, agreed, names, unknown, notes)
+
+
+def _unseen(corpus: Corpus, known: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """bool [N], whether the encoder was not trained on the case of a tile; and what is to be said of that."""
+    cases = corpus.columns["case"].astype(str)
+    seen = np.isin(cases, np.asarray(corpus.trained or (), str))
+    if not known.any():
+        return ~seen, ("no figure of agreement: no tile has a class",)
+    if corpus.trained is None:
+        return ~seen, ("which cases the encoder was trained on is not known: some may be among these",)
+    every, out = len(np.unique(cases[known])), len(np.unique(cases[known & seen]))
+    if out == every:
+        return ~seen, (f"no figure of agreement: the encoder was trained on all {every} cases with a class",)
+    if out:
+        return ~seen, (f"{out} of {every} cases with a class are left out: the encoder was trained on them",)
+    return ~seen, ()
 
 
 def save(folder: Path, corpus: Corpus, result: Sorted) -> list[Path]:
@@ -72,7 +94,11 @@ def save(folder: Path, corpus: Corpus, result: Sorted) -> list[Path]:
 
 def document(result: Sorted) -> dict[str, Any]:
     """For JSON: sizes, names, and the agreement with classes."""
-    found = {"clusters": list(result.names), "tiles": result.found.sizes.tolist(), "notes": list(result.found.notes)}
+    found = {
+        "clusters": list(result.names),
+        "tiles": result.found.sizes.tolist(),
+        "notes": [*result.found.notes, *result.notes],
+    }
     if result.agreement is None:
         return found
     metrics = {n: {"value": m.value, "low": m.low, "high": m.high} for n, m in result.agreement.metrics.items()}
@@ -90,7 +116,7 @@ def _class_name(corpus: Corpus, task: Task, number: int) -> str:
 
 def _table(path: Path, corpus: Corpus, result: Sorted) -> Path:
     every = range(len(corpus))
-    columns = {name: corpus.text(name, every) for name in ("tile", "case", "slide", "x", "y")}
+    columns = {name: corpus.text(name, every) for name in search.shown(corpus)}
     with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*columns, "cluster"])

@@ -11,6 +11,7 @@ what to do again.
 """
 
 import contextlib
+import csv
 import hashlib
 import os
 import re
@@ -25,9 +26,9 @@ import h5py
 import numpy as np
 
 from input_pipeline.features import ENCODER
-from input_pipeline.files import read_json, write_json
+from input_pipeline.files import read_json, whole, write_json
 from input_pipeline.table import read_rows
-from input_pipeline.tile import unguarded, write_status_table
+from input_pipeline.tile import unguarded
 
 VERSION = 1
 ROWS = 1024  # of a chunk: a chunk of one row, as others write them, is read 30 times slower
@@ -219,7 +220,7 @@ def labels_before(layout: Layout) -> dict[str, str]:
     """{slide_id: label} of the table that lies there."""
     path = layout.out / "dataset.csv"
     rows = read_rows(path, ("slide_id", "label"))[1] if path.is_file() else []
-    return {unguarded(row["slide_id"]): unguarded(row["label"]) for _, row in rows}
+    return {row["slide_id"]: row["label"] for _, row in rows}
 
 
 def write_encoder(layout: Layout, cases: Sequence[str] | None) -> None:
@@ -253,15 +254,25 @@ def _check_same(path: Path, about: Mapping[str, Any], folder: Path) -> None:
 
 
 def write_tables(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> None:
-    """What CLAM and STAMP want beside the features: which slide is of which case; rows of slide_id, case_id, label."""
+    """What CLAM and STAMP want beside the features: which slide is of which case; rows of slide_id, case_id, label.
+
+    Verbatim, unlike our own tables: they look for files by these names, and would take a guard for a part of them.
+    """
     if not rows:
         return
     if layout.name == "clam":
         named = [{"case_id": r["case_id"], "slide_id": r["slide_id"], "label": r["label"]} for r in rows]
-        write_status_table(layout.out / "dataset.csv", named)
+        _write_verbatim(layout.out / "dataset.csv", named)
     elif layout.name == "stamp":
         named = [{"PATIENT": r["case_id"], "FILENAME": f"{r['slide_id']}.h5"} for r in rows]
-        write_status_table(layout.out / "slides.csv", named)
+        _write_verbatim(layout.out / "slides.csv", named)
+
+
+def _write_verbatim(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
 
 
 # --- torch's own format, of one float32 tensor: an archive of a pickle that names a storage, and the bytes of it

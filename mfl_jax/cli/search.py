@@ -49,8 +49,8 @@ def _add_search(commands) -> None:
     _add_corpus(command)
     command.add_argument("--tile", type=int, help="the query by its number, as search prints it")
     command.add_argument("--slide", help="or by its place: the tile of this slide at --x, --y")
-    command.add_argument("--x", type=float, help="level-0 px from the left")
-    command.add_argument("--y", type=float, help="level-0 px from the top")
+    command.add_argument("--x", type=float, help="level-0 px from the left (um with --um)")
+    command.add_argument("--y", type=float, help="level-0 px from the top (um with --um)")
     command.add_argument("--um", action="store_true", help="x, y and radius are um")
     command.add_argument("--radius", type=float, default=0.0, help="ask with the mean of all tiles within")
     command.add_argument("--k", type=int, default=11, help="tiles to find (default 11)")
@@ -140,7 +140,7 @@ def _add_clusters(commands) -> None:
     command = add_command(commands, "clusters", clusters, "kinds of tile that an encoder sees, and where they lie")
     _add_corpus(command)
     command.add_argument("--k", type=int, default=8, help="clusters (default 8)")
-    command.add_argument("--target", help="a column of classes to compare them with")
+    command.add_argument("--target", help="a column of classes to compare them with, in cases not trained on")
     command.add_argument("--threshold", type=float, help="two classes: above it, and not")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--out", type=Path, required=True, help="folder for the table, the sheets and the maps")
@@ -160,6 +160,8 @@ def clusters(options: argparse.Namespace) -> int:
             chance = result.agreement.chance.get(name)
             print(f"{name} {interval}" + (f" (chance {chance:.3f})" if chance is not None else ""))
         print("\n".join((f"{result.unknown} tiles have no class and are left out of these", *result.agreement.notes)))
+    if result.notes:
+        print("\n".join(result.notes))
     written = sort.save(options.out, tiles, result)
     print(f"wrote {len(written)} files to {options.out}")
     return 0

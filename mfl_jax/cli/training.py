@@ -144,6 +144,12 @@ def _add_eval(commands) -> None:
     )
     command.add_argument("--near-um", type=float, default=0.0, help="of distance_ratio: nearer pairs of tiles are near")
     command.add_argument("--far-um", type=float, default=0.0, help="of distance_ratio: farther pairs are far")
+    command.add_argument(
+        "--across",
+        choices=("case", "slide"),
+        default="case",
+        help="of retrieval: answers are of another case, or slide",
+    )
     command.add_argument("--baselines", default="", help="random, and colour of tiles or mean of regions")
     command.add_argument("--feature", default="he", help="of what the method embeds")
     command.add_argument("--batch", type=int, default=256)
@@ -168,6 +174,7 @@ def evaluate(options: argparse.Namespace) -> int:
         decoded=_names(options.decoded),
         truth=options.truth,
         limits=(options.near_um, options.far_um),
+        across=options.across,
         feature=options.feature,
         batch=options.batch,
         transductive=options.transductive,

@@ -231,9 +231,9 @@ def _distance_ratio(name: str, part: Any, source: Pass) -> Run:
 
 KINDS: dict[str, Callable[[str, Any, Pass], Run]] = {
     "probe": _of_task(probe.evaluate),
-    "knn": _of_task(knn.evaluate),
-    "few_label": _of_task(few_label.curve),
-    "paper_head": _of_task(paper_head.evaluate),
+    "knn": _of_classes(knn.evaluate),
+    "few_label": _of_classes(few_label.curve),
+    "paper_head": _of_classes(paper_head.evaluate),
     "decode": _decode,
     "batch_effect": _batch_effect,
     "retrieval": _of_classes(retrieval.evaluate),

@@ -275,7 +275,10 @@ def _labels(page: _Page) -> Html | None:
         figures_behind.append(tables.html(tables.of_labels(page.results, group, f"{name} by {by} with labels")))
     if not figures:
         return None
-    note = "Each encoder is frozen; the probe on top of it sees the labels of a fraction of the cases, or of the tiles."
+    note = (
+        "Each encoder is frozen; the probe on top of it sees the labels of a fraction of the cases, or of the tiles. "
+        "An encoder that was trained on labels itself was trained anew for each of its points, on that fraction alone."
+    )
     behind = tag("details", tag("summary", "The figures behind these plots"), *figures_behind)
     return join(tag("p", note), tag("div", *figures, class_="plots"), behind)
 

@@ -80,6 +80,8 @@ SCHEMA: dict[str, Any] = {
             "y": ["maybe"],
             "low?": ["maybe"],
             "high?": ["maybe"],
+            "cases?": ["number"],  # that the labels are of, and how many labels, mean over draws
+            "tiles?": ["number"],
         }
     ],
     "pairs?": {"what?": "text", "pictures": [PICTURE]},
@@ -204,7 +206,7 @@ def _cross(results: Mapping[str, Any]) -> Iterator[str]:
     for key in ("curves", "labels", "projections"):
         for i, item in enumerate(results.get(key, [])):
             yield from _one_of(item["arm"], arms, f"{key}[{i}].arm")
-            yield from _same_length(item, ("x", "y", "low", "high"), f"{key}[{i}]")
+            yield from _same_length(item, ("x", "y", "low", "high", "cases", "tiles"), f"{key}[{i}]")
     for i, item in enumerate(results.get("labels", [])):
         yield from _one_of(item["by"], ("cases", "tiles"), f"labels[{i}].by")
         if not all(0 < x <= 1 for x in item["x"]):

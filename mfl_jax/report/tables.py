@@ -178,6 +178,12 @@ def of_labels(results: Mapping[str, Any], curves: Sequence[Mapping[str, Any]], c
         cells = [Cell(figure(at[x]["mean"]), interval(at[x])) if x in at else Cell(NO_VALUE) for x in fractions]
         arm = arms[curve["arm"]]
         rows.append(Row([Cell(arm["title"]), *cells], arm["kind"] == "ours"))
+    counts: dict[float, Cell] = {}
+    for curve in curves:
+        for x, cases, tiles in zip(curve["x"], curve.get("cases", ()), curve.get("tiles", ()), strict=False):
+            counts.setdefault(x, Cell(f"{cases:.3g} cases", f"{tiles:,.0f} labels"))
+    if counts:
+        rows.append(Row([Cell("Labels of"), *(counts.get(x, Cell(NO_VALUE)) for x in fractions)]))
     header = ["Arm", *(percent(x) for x in fractions)]
     return Table(caption, header, rows, frozenset(range(1, len(header))))
 

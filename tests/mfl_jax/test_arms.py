@@ -116,6 +116,21 @@ def test_features_are_those_of_the_run_and_of_its_start(runs, root):
     assert found.notes == ()
 
 
+@pytest.mark.parametrize(("blind", "of"), [(1, "toy (noise=0.5)"), (2, "toy (noise=0.1)")])
+def test_the_random_encoder_is_of_an_arm_that_needs_no_partner(blind, of, runs, root, monkeypatch):
+    """An upper bound may come first; where all need one, the baseline says so."""
+    calls, embed = iter(range(9)), arms._embed
+    monkeypatch.setattr(arms, "partners_of_embed", lambda run, feature: ("if",) if next(calls) < blind else ())
+    monkeypatch.setattr(arms, "_embed", lambda *args, partners=(), **options: embed(*args, **options))
+    tileset = TileSet.open(root)
+    looked = arms.look([runs / "a", runs / "noisy"], tileset)
+    found = arms.collect(looked, tileset, sharding.make_mesh(), batch=16, baselines=("random",))
+    last = found.arms[-1]
+    assert last.name == "random"
+    assert f"the encoder of {of} as it was drawn" in last.what
+    assert ("sees if at inference" in last.what) == (blind == 2)
+
+
 def test_what_a_run_began_with_is_what_training_began_with(root, tmp_path):
     state = train.train(config(root), tmp_path, progress=False, stop_at=0)
     params, extra = trained.initial(trained.open_run(tmp_path))

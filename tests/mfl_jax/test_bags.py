@@ -240,3 +240,33 @@ def test_a_slide_id_cannot_leave_the_folder(tmp_path):
     table = bags.read_table(table_of(tmp_path, "slide_id,case_id,label\n../a,p,0\nb,p,1\n"))
     with pytest.raises(BagError, match="is not a file's name"):
         bags.read_folder(tmp_path, table)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("encoder_sha256", "b" * 64, f"encoder_sha256 of a.h5 is {'a' * 64}, that of b.h5 {'b' * 64}"),
+        ("mpp_target", 1.0, "mpp_target of a.h5 is 0.5, that of b.h5 1"),
+        ("patch_size", 448, "patch_size of a.h5 is 224, that of b.h5 448"),
+    ],
+)
+def test_features_that_do_not_belong_together_are_refused(name, value, message, tmp_path):
+    table = bags.read_table(table_of(tmp_path))
+    for slide in LENGTHS:
+        ours(tmp_path / f"{slide}.h5", slide)
+    said = {"encoder_sha256": "a" * 64, "mpp_target": 0.5, "patch_size": 224}
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs.update(said)
+    assert len(bags.read_folder(tmp_path, table)) == 3  # the others say nothing
+    with h5py.File(tmp_path / "b.h5", "a") as file:
+        file.attrs.update(said | {name: value})
+    with pytest.raises(BagError, match=message + r"\. Give each kind a folder of its own"):
+        bags.read_folder(tmp_path, table)
+
+
+def test_a_patch_size_of_some_level_says_nothing(tmp_path):
+    for slide, size in zip(LENGTHS, (256, 512, 256), strict=True):
+        clam(tmp_path / f"{slide}.h5", slide)
+        with h5py.File(tmp_path / f"{slide}.h5", "a") as file:
+            file["coords"].attrs["patch_size"] = size
+    assert len(bags.read_folder(tmp_path, bags.read_table(table_of(tmp_path)))) == 3

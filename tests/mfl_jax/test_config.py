@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from mfl_jax import config as configs
 from mfl_jax import methods, train
+from mfl_jax.views import Modality
 from tests.mfl_jax import synthetic
 
 PAPER_EPOCHS = {"moco": 200}  # 100 for the others
@@ -65,6 +66,29 @@ def test_unknown_words_and_two_of_a_kind_are_refused(name):
     of_a_kind |= {"slpd": "lung,breast", "dino_tiles": "vit,resnet", "dino_regions": "gpu,phantom"}
     with pytest.raises(ValueError, match="one of"):
         load(name, of_a_kind.get(name, "vicreg,info_nce"))
+
+
+@pytest.mark.parametrize("name", ["mfl", "trident", "supervised"])
+def test_a_partner_of_any_name_is_treated_as_one_of_its_kind(name, monkeypatch):
+    """In every size; a one-channel label map that somebody called nuclei is no map of the phantom."""
+    monkeypatch.setitem(synthetic.PARTNERS, "her2", synthetic.PARTNERS["ihc"])
+    one = (Modality("map", 1), (synthetic.SIZE, synthetic.SIZE, 1), "uint16")
+    monkeypatch.setitem(synthetic.PARTNERS, "nuclei", one)
+    more = ",both" if name == "supervised" else ""
+    for size in ("", "phantom,", "tiny,"):
+        own, like = load(name, f"{size}her2:ihc{more}"), load(name, f"{size}ihc{more}")
+        assert own.data.partners == ("her2",)
+        assert (own.views.eval_her2 == like.views.eval_ihc) or size == "tiny,"
+        for config in (own, load(name, f"{size}nuclei:map{more}")):
+            facts = synthetic.facts(config.data)
+            train.plan(config, source=synthetic.Source(facts), facts=facts)
+    with pytest.raises(ValueError, match="NAME:KIND for a partner of another name; not her2:ihx"):
+        load(name, "her2:ihx")
+    if name == "mfl":
+        assert load(name, "cd3:if,her2:ihc,counts").mfl.partners == ("counts", "cd3", "her2")
+    else:
+        with pytest.raises(ValueError, match="one of"):
+            load(name, f"cd3:if,her2:ihc{more}")
 
 
 def test_overrides_keep_the_type_and_reach_any_depth():

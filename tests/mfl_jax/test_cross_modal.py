@@ -87,6 +87,21 @@ def test_without_a_query_recall_is_told_both_ways(made, capsys):
     assert "recall@1 1.000 [1.000, 1.000] (chance 0.0556)" in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ([], "2 of 4 cases with a class are left out: the encoder was trained on them"),
+        (["--split", "train"], "no figure of agreement: the encoder was trained on all 2 cases with a class"),
+    ],
+)
+def test_kinds_of_tile_are_compared_with_classes_in_cases_not_trained_on(made, split, said, tmp_path, capsys):
+    asked = ["--run", str(made / "run"), "--tileset", str(made / "set"), *split, "--target", "x", "--threshold", "70"]
+    assert cli.main(["clusters", *asked, "--k", "2", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert said in out.splitlines()
+    assert ("purity" in out) == (not split)
+
+
 def test_what_cannot_be_asked_is_said(made, capsys):
     for words, message in (
         (["--partner", "ihc"], "compares H&E with if, not with 'ihc'"),

@@ -108,7 +108,11 @@ def test_every_kind_fills_its_section_and_what_is_left_out_is_said(made):
     assert any("if/b does not vary" in note for note in found["reliability"])
     assert "Weak: few_label was left out, for it means nothing here" in found["reliability"]
     assert [(row["arm"], row["by"]) for row in found["labels"]] == [("good", "cases"), ("good", "tiles")]
-    assert found["labels"][0]["x"] == [0.01, 0.05, 0.1, 0.25, 1.0]
+    assert found["labels"][0]["x"] == [0.1, 0.25, 1.0]  # fewer than one of so few cases is not to be had
+    assert any("1% of the cases are no fewer labels than the next" in note for note in found["reliability"])
+    for line in found["labels"]:
+        assert line["tiles"] == sorted(set(line["tiles"]))
+        assert len(line["cases"]) == len(line["x"])
     full = found["arms"][0]["metrics"]["label/auc"]["mean"]
     assert found["labels"][0]["y"][-1] == pytest.approx(full, abs=0.02)
     assert found["labels"][0]["y"][0] < full
@@ -228,5 +232,12 @@ def test_retrieval_and_distances_are_those_of_their_evaluators(made):
     (d,) = found["differences"]
     means = [row["metrics"]["label/retrieval/map"]["mean"] for row in found["arms"]]
     assert (d["metric"], d["difference"]) == ("label/retrieval/map", pytest.approx(means[0] - means[1]))
+    wide = {"kinds": ("retrieval",), "across": "slide"}
+    near = assemble(given[:1], columns, made["splits"], [TASK], **wide, **OPTIONS)
+    options = {"across": "slide", "resamples": 0}
+    each = [retrieval.evaluate(s.features, columns, made["splits"], TASK, **options) for s in given[0].seeds]
+    of_slides = near["arms"][0]["metrics"]["label/retrieval/map"]["mean"]
+    assert of_slides == pytest.approx(np.mean([r.each["map"].mean() for r in each]), abs=1e-12)
+    assert near["tasks"][0]["title"] == "label, found in other slides"
     keys = {m["key"] for task in found["tasks"] for m in task["metrics"]}
     assert {"label/retrieval/recall_1", "label/retrieval/positive_map", "addr/local"} <= keys

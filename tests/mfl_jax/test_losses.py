@@ -195,7 +195,14 @@ def test_a_learnt_temperature_gets_a_gradient_and_stops_at_100():
     h = 1e-5
     expected = (info_nce(a, b, np.exp(-np.log(10) - h)) - info_nce(a, b, np.exp(-np.log(10) + h))) / (2 * h)
     np.testing.assert_allclose(slope, expected, rtol=1e-3)
-    assert losses.info_nce(a, b, log_scale=jnp.float32(50.0))[1]["scale"] == 100
+    np.testing.assert_allclose(losses.info_nce(a, b, log_scale=jnp.float32(50.0))[1]["scale"], 100, rtol=1e-5)
+
+
+def test_a_temperature_at_its_cap_comes_back_and_goes_no_further():
+    a, b = draw(6, 5, seed=1), draw(6, 5, seed=2)
+    assert jax.jit(jax.grad(lambda s: losses.info_nce(a, b, log_scale=s)[0]))(5.0) > 0  # pairs that do not agree
+    slopes = [jax.grad(lambda s, by=by: by * losses.capped(s))(at) for at in (4.0, 5.0) for by in (-2.0, 2.0)]
+    assert slopes == [-2, 2, 0, 2]
 
 
 @pytest.mark.parametrize("block", [2, 4])

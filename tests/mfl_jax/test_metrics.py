@@ -57,9 +57,39 @@ def test_a_writer_gets_what_the_file_gets(tmp_path, monkeypatch):
         def flush(self):
             self.seen.append("flushed")
 
+        def close(self):
+            self.seen.append("closed")
+
     monkeypatch.setitem(sys.modules, "tensorboardX", type(sys)("tensorboardX"))
     sys.modules["tensorboardX"].SummaryWriter = Writer
     metrics = Metrics(tmp_path, ("tensorboard",))
     metrics.write(1, {"loss": 2})
     metrics.close()
-    assert Writer.seen == [("loss", 2.0, 1), "flushed"]
+    assert Writer.seen == [("loss", 2.0, 1), "flushed", "closed"]
+
+
+def test_two_folders_of_one_name_are_two_runs_of_wandb_and_one_resumed_is_one(tmp_path, monkeypatch):
+    made = []
+
+    class Run:
+        def __init__(self, **options):
+            self.told = options
+            made.append(self)
+
+        def log(self, values, step):
+            self.told["logged"] = (step, values)
+
+        def finish(self):
+            self.told["finished"] = True
+
+    monkeypatch.setitem(sys.modules, "wandb", type(sys)("wandb"))
+    sys.modules["wandb"].init = Run
+    for folder in ("a/mfl", "b/mfl", "a/mfl"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        metrics = Metrics(tmp_path / folder, ("wandb",), {"seed": 1})
+        metrics.write(3, {"loss": 2})
+        metrics.close()
+    first, second, again = (run.told for run in made)
+    assert first["id"] == again["id"] != second["id"]
+    told = {"name": "mfl", "resume": "allow", "config": {"seed": 1}, "logged": (3, {"loss": 2.0}), "finished": True}
+    assert {name: first[name] for name in told} == told

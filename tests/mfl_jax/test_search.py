@@ -1,6 +1,7 @@
 """Tiles found again in a corpus whose truth is known; places on slides; what is written; folders of features."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -139,6 +140,30 @@ def test_kinds_are_sorted_named_and_mapped(tmp_path):
         sort.sort(tiles, MOST + 1)
 
 
+def test_agreement_is_of_cases_that_the_encoder_was_not_trained_on():
+    tiles, task = made(), Task("kind", "kind")
+    unknown = sort.sort(tiles, 3, task, resamples=50)
+    assert unknown.notes == ("which cases the encoder was trained on is not known: some may be among these",)
+    tiles.columns["kind"][24:30] = -1
+    wrong = dataclasses.replace(tiles, columns=tiles.columns | {"kind": tiles.columns["kind"].copy()}, trained=("c0",))
+    wrong.columns["kind"][:24] = 0  # what the case trained on is called must not matter
+    found = sort.sort(wrong, 3, task, resamples=50)
+    assert found.found.sizes.sum() == 96
+    assert (found.agreement.table.sum(), found.unknown, found.agreement.metrics["purity"].value) == (66, 6, 1)
+    assert found.notes == ("1 of 4 cases with a class are left out: the encoder was trained on them",)
+    assert sort.document(found)["notes"] == [*found.notes]
+    none = sort.sort(dataclasses.replace(tiles, trained=("c0", "c1", "c2", "c3", "c4")), 3, task, resamples=50)
+    assert none.agreement is None
+    assert none.names == unknown_names(none)
+    assert none.notes == ("no figure of agreement: the encoder was trained on all 4 cases with a class",)
+    other = sort.sort(dataclasses.replace(tiles, trained=("c10",)), 3, task, resamples=50)
+    assert (other.agreement.table.sum(), other.notes) == (90, ())
+
+
+def unknown_names(result):
+    return tuple(f"{i}: {size} tiles" for i, size in enumerate(result.found.sizes))
+
+
 def test_a_collapsed_encoder_gives_one_cluster_and_its_pictures(tmp_path):
     tiles = made()
     same = corpus.Corpus(np.ones_like(tiles.features), tiles.columns, tiles.pictures, tiles.classes)
@@ -194,6 +219,54 @@ def test_a_folder_of_features_is_searched_as_a_tile_set_is(tmp_path, capsys):
     assert cli.main(asked) == 0
     assert "0: 32 tiles" in capsys.readouterr().out
     assert (tmp_path / "kinds" / "map_c3-1.png").exists()
+
+
+def test_a_folder_says_what_its_encoder_was_trained_on_and_mixes_nothing(tmp_path, capsys):
+    h5py = pytest.importorskip("h5py")
+    root = tmp_path / "features"
+    write_features(root, made())
+    assert corpus.of_folder(root).trained is None
+    for path in root.glob("*.h5"):
+        with h5py.File(path, "a") as file:
+            file.attrs.update({"config_sha256": "c", "encoder_sha256": "a" * 64})
+    told = {"encoder": "e", "encoder_sha256": "a" * 64, "train_cases": ["c0", "c1", "c2", "c3"]}
+    (root / "encoder.json").write_text(json.dumps(told))
+    assert corpus.of_folder(root).trained == ("c0", "c1", "c2", "c3")
+    asked = ["clusters", "--features", str(root), "--k", "3", "--target", "x", "--threshold", "70"]
+    assert cli.main([*asked, "--out", str(tmp_path / "kinds")]) == 0
+    said = capsys.readouterr().out
+    assert "no figure of agreement: the encoder was trained on all 4 cases" in said
+    assert "purity" not in said
+    with h5py.File(root / "c2-0.h5", "a") as file:
+        file.attrs["encoder_sha256"] = "b" * 64
+    with pytest.raises(ValueError, match=r"encoder_sha256 of c0-0\.h5 is a+, that of c2-0\.h5 b+"):
+        corpus.of_folder(root)
+
+
+def test_places_of_stamp_are_um_until_their_scale_is_known(tmp_path, capsys):
+    h5py = pytest.importorskip("h5py")
+    root = tmp_path / "features"
+    root.mkdir()
+    for name in ("a", "b"):
+        with h5py.File(root / f"{name}.h5", "w") as file:
+            file["feats"] = np.eye(4, 8, dtype=np.float16)
+            file["coords"] = np.array([[0, 0], [112, 0], [0, 112], [112, 112]], np.float32)
+            file.attrs.update({"unit": "um", "tile_size_um": 112.0, "tile_size_px": 224})
+    tiles = corpus.of_folder(root)
+    assert corpus.locate(tiles, "a", 150, 100, um=True).tolist() == [1]
+    with pytest.raises(ValueError, match="at 900, 0 um; the nearest has its corner at 112, 0"):
+        corpus.locate(tiles, "a", 900, 0, um=True)
+    asked = ["search", "--features", str(root), "--slide", "a", "--x", "150", "--y", "100", "--k", "1"]
+    assert cli.main(asked) == 2
+    assert "lie at places in um, and its um per px is not known: give the place in um (--um)" in capsys.readouterr().err
+    assert cli.main([*asked, "--um"]) == 0
+    assert "x 112, y 0, unit um" in capsys.readouterr().out
+    for name in ("a", "b"):
+        with h5py.File(root / f"{name}.h5", "a") as file:
+            file.attrs["mpp_level0"] = 0.5
+    known = corpus.of_folder(root)
+    assert "unit" not in known.columns
+    assert corpus.locate(known, "a", 300, 200).tolist() == corpus.locate(known, "a", 150, 100, um=True).tolist() == [1]
 
 
 def test_pictures_of_a_folder_are_cut_from_its_slides(tmp_path):

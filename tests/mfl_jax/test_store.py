@@ -129,6 +129,18 @@ def test_stamp_reads_micrometres(written):
         assert tuple(map(int, about["stamp_version"].split("."))) <= (2, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "table", "row"), [("clam", "dataset.csv", ["=c", "-x", "+"]), ("stamp", "slides.csv", ["=c", "-x.h5"])]
+)
+def test_tables_of_others_name_slides_as_their_files_are_named(name, table, row, tmp_path):
+    place = Layout(name, tmp_path, store.DTYPES[name][0], "toy", "a" * 64)
+    store.write_tables(place, [{"case_id": "=c", "slide_id": "-x", "label": "+"}])
+    with open(tmp_path / table, newline="") as file:
+        assert list(csv.reader(file))[1:] == [row]
+    if name == "clam":
+        assert store.labels_before(place) == {"-x": "+"}
+
+
 def sheet(**changes):
     given = {"slide_id": "s", "case_id": "c", "coords": coords(5), "mpp": 0.2273, "mpp_source": "csv", "tile_px": 224}
     return Sheet(**given | {"tile_mpp": 0.5, "overlap_px": 0, "extent": (1, 1)} | changes)

@@ -28,6 +28,7 @@ TITLES = {
 }
 DRAWN = 6  # arms in one plot
 FEW = 100  # slides
+UNEVEN = 1.2  # times its even share: a class is so much commoner that probabilities say another thing than frequencies
 
 
 def write(
@@ -159,7 +160,14 @@ def reliability(study: Study, notes: Sequence[str]) -> list[str]:
         found += [f"{arm.name}: {note}" for note in arm.result.notes]
         low, mean, high = spread(arm, study.metric)
         found.append(f"{arm.name}: {TITLES[study.metric]} by fold {mean:.3f}, from {low:.3f} to {high:.3f}.")
-    if len(study.arms[0].result.labels) < FEW and not study.table.survival:
+    tested = study.arms[0].result.labels
+    shares = np.bincount(tested.astype(int)) / len(tested)
+    if not study.table.survival and shares.max() > UNEVEN / len(study.table.names):
+        found.append(
+            f"Classes weigh alike in training, and the commonest has {shares.max():.0%} of the slides: probabilities "
+            "are as if all classes were equally frequent, and calibration and its error show that as well."
+        )
+    if len(tested) < FEW and not study.table.survival:
         found.append(
             "Predictions of all folds are pooled. Of so few slides, those without any signal come out below 0.5."
         )
@@ -185,7 +193,7 @@ def pictures_of(study: Study) -> dict[str, tuple[str, np.ndarray]]:
     for i, picture in enumerate(figures.roc_picture(labels, scores, table.names)):
         found[f"roc{i}"] = ("ROC of the out-of-fold predictions", picture)
     picture = figures.calibration_picture(labels, scores, table.names)
-    found["calibration"] = ("Calibration: what was said, and how often it was so", picture)
+    found["calibration"] = ("Calibration: what was said, of classes that weigh alike, and how often it was so", picture)
     for i, arm in enumerate(arms):
         picture = figures.confusion_picture(labels, arm.result.scores, table.names, arm.name)
         found[f"confusion{i}"] = (f"Confusion of {arm.name}", picture)

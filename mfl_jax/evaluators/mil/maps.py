@@ -55,14 +55,13 @@ def map_picture(coords: np.ndarray, side: float, scores: np.ndarray, slide: Path
 
 
 def ends_sheet(coords: np.ndarray, side: float, scores: np.ndarray, slide: Path) -> np.ndarray:
-    """The tiles of the greatest scores above those of the least, each with its score."""
+    """The tiles of the greatest scores above those of the least, each with its score. `side` is in level-0 px, so that
+    what a px measures does not matter and need not be known."""
     order = np.argsort(-scores, kind="stable")
     count = min(TILES, max(1, len(order) // 2))
     rows, captions = [], []
-    with open_slide(slide) as opened:
-        if opened.mpp is None:
-            raise SlideError(f"{slide}: mpp unknown: {opened.mpp_reason}")
-        mpp = opened.mpp * side / SIDE
+    with open_slide(slide, mpp=1.0) as opened:
+        mpp = side / SIDE
         for picked in (order[:count], order[::-1][:count]):
             rows.append(
                 [opened.read_region(float(coords[i, 0]), float(coords[i, 1]), SIDE, SIDE, mpp)[..., :3] for i in picked]

@@ -233,11 +233,12 @@ for other in (dict(item.split("=") for item in text.split(",") if item) for text
 def on_devices(case: str, cache: Path, *others: str) -> str:
     """20 losses on 8 devices against those on one, by SGD: Adam makes steps of pure rounding (see above).
 
-    Networks are smooth here. Where an activation lies within rounding of the kink of a ReLU, it passes on one device
-    and not on eight: the gradient, which has a jump there, then differs by all that goes through it. SimSiam met one at
-    step 7 and a bias went 5e-5 apart; with a smooth function every parameter stays within 2e-7. VICReg's hinge has a
-    kink as well, and a loss of 60: TriDeNT's steps are shorter, or they amplify rounding. SimSiam's loss is
-    minus a cosine, whose terms are not small where it is near 0; compared is 1 - cosine, the half of BYOL's distance.
+    Activations outside BatchNorm are smooth here. Where an activation lies within rounding of the kink of a ReLU, it
+    passes on one device and not on eight: the gradient, which has a jump there, then differs by all that goes through
+    it. SimSiam met one at step 7 and a bias went 5e-5 apart; with a smooth function every parameter stays within 2e-7.
+    VICReg's hinge has a kink as well, and a loss of 60: TriDeNT's steps are shorter, or they amplify rounding.
+    SimSiam's loss is minus a cosine, whose terms are not small where it is near 0; compared is 1 - cosine, the half of
+    BYOL's distance.
     """
     name, _, words = case.partition(":")
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

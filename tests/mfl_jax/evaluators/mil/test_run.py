@@ -7,8 +7,10 @@ import uuid
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
+from input_pipeline.slides.reader import open_slide
 from mfl_jax import statistics
 from mfl_jax.evaluators import mil
 from mfl_jax.evaluators.mil import document, figures, maps, run
@@ -75,6 +77,17 @@ def test_attention_is_by_the_fits_that_have_not_seen_the_slide(done):
     ]
     found = mil.attention(study.arms[0], bags["signal"], study.folds, row)
     np.testing.assert_allclose(found, np.mean(each, 0), rtol=1e-4, atol=1e-4)
+
+
+def test_probabilities_of_uneven_classes_are_said_to_be_of_even_ones(done):
+    """Heads weigh classes alike: what they say is no frequency where one is much commoner."""
+    study = done[2]
+    rare = dataclasses.replace(
+        study.arms[0].result, labels=(np.arange(len(study.arms[0].result.labels)) < 4).astype(int)
+    )
+    for result, told in ((study.arms[0].result, False), (rare, True)):
+        given = dataclasses.replace(study, arms=(dataclasses.replace(study.arms[0], result=result),))
+        assert any("as if all classes were equally frequent" in n for n in document.reliability(given, ())) == told
 
 
 def test_a_study_on_disk_has_predictions_folds_report_and_maps(done, tmp_path):
@@ -191,6 +204,22 @@ def test_ranks_share_ties_and_a_map_has_a_cell_a_tile():
     assert picture.shape == (900, 900, 3)
     assert (picture[700, 700] == 255).all()
     assert len({tuple(picture[y, x]) for y, x in ((200, 200), (200, 700), (700, 200))}) == 3
+
+
+def test_the_tiles_at_both_ends_need_no_scale(tmp_path):
+    """The side of a tile is known in px, so that a slide whose file has no mpp gives what one with any mpp gives."""
+    pixels = np.zeros((128, 256, 3), np.uint8)
+    pixels[:64, 64:128], pixels[64:, 192:] = (200, 0, 0), (0, 0, 200)
+    bare, scaled = {}, {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+    for name, said in (("bare", bare), ("scaled", scaled)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", pixels, tile=(64, 64), photometric="rgb", **said)
+    with open_slide(tmp_path / "bare.tif") as opened:
+        assert opened.mpp is None
+    coords, scores = np.array([[64.0, 0.0], [192.0, 64.0]]), np.array([2.0, 1.0])
+    found, other = (maps.ends_sheet(coords, 64.0, scores, tmp_path / f"{name}.tif") for name in ("bare", "scaled"))
+    np.testing.assert_array_equal(found, other)
+    colours = {tuple(c) for c in found.reshape(-1, 3).tolist()}
+    assert {(200, 0, 0), (0, 0, 200)} <= colours
 
 
 def test_heads_that_the_limit_of_epochs_cut_short_are_said_to_be():

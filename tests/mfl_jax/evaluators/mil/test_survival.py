@@ -1,9 +1,12 @@
 """Cox's loss against the sum that defines it, in float64; concordance against all pairs, one by one."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
 
+from mfl_jax.evaluators.mil import survival
 from mfl_jax.evaluators.mil.survival import Concordance, cox_loss
 
 
@@ -70,3 +73,31 @@ def test_risks_that_order_perfectly_have_concordance_one_and_reversed_ones_none(
     metric = Concordance(times, events, np.zeros(7))
     assert metric(times, -times.astype(float), np.ones((1, 7)))[0] == 1
     assert metric(times, times.astype(float), np.ones((1, 7)))[0] == 0
+
+
+def test_concordance_is_the_same_in_parts_and_never_holds_resamples_by_pairs(monkeypatch):
+    risk, times, events = made(200)
+    strata, weights = np.arange(200) % 3, np.random.default_rng(1).multinomial(200, np.full(200, 1 / 200), 50) * 1.0
+    whole = Concordance(times, events, strata)(times, risk, weights)
+    assert np.isfinite(whole).all()
+    monkeypatch.setattr(survival, "CHUNK", 7 * 67)
+    np.testing.assert_array_equal(Concordance(times, events, strata)(times, risk, weights), whole)
+    first, second = np.nonzero(
+        ((times[:, None] < times) | ((times[:, None] == times) & (events == 0)))
+        & (events[:, None] == 1)
+        & (strata[:, None] == strata)
+        & ~np.eye(200, dtype=bool)
+    )
+    mass = weights[:, first] * weights[:, second]
+    right = (risk[first] > risk[second]) + 0.5 * (risk[first] == risk[second])
+    np.testing.assert_array_equal(whole, mass @ right / mass.sum(1))
+
+
+def test_concordance_of_many_slides_is_small():
+    risk, times, events = made(1000)
+    metric, weights = Concordance(times, events, np.zeros(1000)), np.ones((2000, 1000))
+    tracemalloc.start()
+    metric(times, risk, weights)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 96 << 20
