@@ -65,9 +65,10 @@ def words(arg: str, known: tuple[str, ...], name: str) -> set[str]:
     """The words after the colon, each of them known; at most one says the size. Where kinds of partners are words, so
     are partners of any name, with their kind: 'her2:ihc'."""
     given = set(arg.split(",")) - {""}
-    named = {word for word in given if ":" in word and word.partition(":")[2] in DENSE.keys() & set(known)}
+    kinds = DENSE.keys() & set(known)
+    named = {word for word in given if ":" in word and word.partition(":")[2] in kinds}
     if unknown := given - {*SIZES, *known, *named}:
-        also = "; or NAME:KIND for a partner of another name" if DENSE.keys() & set(known) else ""
+        also = "; or NAME:KIND for a partner of another name" if kinds else ""
         told = f"{', '.join((*SIZES, *known))}{also}; not {', '.join(sorted(unknown))}"
         raise ValueError(f"configs/{name}.py knows {told}")
     if len(given & set(SIZES)) > 1:
@@ -101,8 +102,8 @@ def sized(config: ConfigDict, given: set[str]) -> None:
     if "tiny" in given:
         config.total, config.optim.warmup, config.optim.lr = ConfigDict({"steps": 2}), "0 steps", 1e-3
         config.data.batch, config.views.size = 8, 16
-        he = {config.views.he: "flip|normalise"} if "he" in config.views else {}
-        _replace(config.views, TINY | {text.removeprefix("2*"): short for text, short in he.items()})
+        he = config.views.get("he", "").removeprefix("2*")
+        _replace(config.views, TINY | {he: "flip|normalise"})
     elif "phantom" in given:
         config.total, config.optim.lr, config.optim.warmup = ConfigDict({"steps": 500}), 6e-3, "5%"
         config.data.batch, config.views.size = 64, 48

@@ -38,9 +38,7 @@ class Bag:
 
     def text(self, name: str) -> str:
         """An attribute that is text; '' where there is none."""
-        value = self.notes.get(name, "")
-        value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-        return value if isinstance(value, str) else ""
+        return text(self.notes.get(name))
 
     def number(self, name: str) -> float:
         """An attribute that is a number; nan where there is none."""
@@ -161,6 +159,12 @@ def _from_um(
     if not scale > 0:
         return coords, math.nan, notes, "um"
     return coords / scale, side_um(notes) / scale, notes, "px"
+
+
+def text(value: Any) -> str:
+    """'' for whatever is no text."""
+    value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return value if isinstance(value, str) else ""
 
 
 def number(value: Any) -> float:

@@ -374,10 +374,15 @@ def _row(status: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_status_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_table(path, [{k: guard_formula(v) for k, v in row.items()} for row in rows])
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Verbatim: for programs that look for files by what stands there."""
     buffer = io.StringIO()
     table = csv.DictWriter(buffer, list(rows[0]))
     table.writeheader()
-    table.writerows({k: guard_formula(v) for k, v in row.items()} for row in rows)
+    table.writerows(rows)
     write_atomically(path, buffer.getvalue().encode())
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from input_pipeline.excluded import excluded
-from input_pipeline.features import BagError, find_folder, number
+from input_pipeline.features import BagError, find_folder, number, text
 from input_pipeline.features import read_bag as read_file
 from input_pipeline.table import read_rows
 
@@ -199,10 +199,8 @@ def check_alike(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     for what in ALIKE:
         first: tuple[str, str | float] | None = None
         for name, notes in files.items():
-            value = notes.get(what)
-            value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-            value = value if isinstance(value, str) else number(value)
-            if value == "" or value != value or (what == "patch_size" and not set(SCALES) & set(notes)):
+            value = text(notes.get(what)) or number(notes.get(what))
+            if value != value or (what == "patch_size" and not set(SCALES) & set(notes)):
                 continue
             first = first or (name, value)
             if not _equal(first[1], value):

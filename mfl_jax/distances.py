@@ -20,11 +20,8 @@ def retrieved(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
     results: dict[str, list[Result]] = {}
     for arm in arms:
         asked.say(f"retrieval in other {asked.across}s, {task.name}: {arm.title}")
-        options = [asked.of(run) | {"across": asked.across} for run in arm.seeds]
-        each = [
-            retrieval.evaluate(run.features, asked.columns, asked.splits, task, **o)
-            for run, o in zip(arm.seeds, options, strict=True)
-        ]
+        given = (asked.columns, asked.splits, task)
+        each = [retrieval.evaluate(run.features, *given, across=asked.across, **asked.of(run)) for run in arm.seeds]
         for number, one in enumerate(each):
             found.seeds[arm.name][number] |= {f"{prefix}/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
             findings.note(found, arm, prefix, one.notes)

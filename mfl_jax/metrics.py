@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-Sink = Callable[[int, Mapping[str, float]], None]
+Sink = tuple[Callable[[int, Mapping[str, float]], None], Callable[[], None]]  # write, and end
 WRITERS = ("tensorboard", "wandb")
 
 
@@ -23,14 +23,13 @@ class Metrics:
         self, workdir: Path, writers: tuple[str, ...] = (), config: Mapping[str, Any] | None = None, process: int = 0
     ):
         check_writers(writers)
-        sinks: list[tuple[Sink, Callable[[], None]]] = []
+        self._sinks: list[Sink] = []
         path = workdir / (f"metrics-{process}.jsonl" if process else "metrics.jsonl")
         writers = () if process else writers
         if "tensorboard" in writers:
-            sinks.append(_tensorboard(workdir))
+            self._sinks.append(_tensorboard(workdir))
         if "wandb" in writers:
-            sinks.append(_wandb(workdir, config or {}))
-        self._sinks, self._ends = [sink for sink, _ in sinks], [end for _, end in sinks]
+            self._sinks.append(_wandb(workdir, config or {}))
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._end_last_line(path)
 
@@ -47,8 +46,8 @@ class Metrics:
         finite = {k: v if math.isfinite(v) else str(v) for k, v in numbers.items()}  # JSON knows no NaN
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        for sink in self._sinks:
-            sink(step, numbers)
+        for write, _ in self._sinks:
+            write(step, numbers)
 
     def note(self, step: int, **facts: Any) -> None:
         """Something that happened: skipped ids, an override, an alarm."""
@@ -57,7 +56,7 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
-        for end in self._ends:
+        for _, end in self._sinks:
             end()
 
 
@@ -77,7 +76,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _tensorboard(workdir: Path) -> tuple[Sink, Callable[[], None]]:
+def _tensorboard(workdir: Path) -> Sink:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -92,7 +91,7 @@ def _tensorboard(workdir: Path) -> tuple[Sink, Callable[[], None]]:
     return write, writer.close
 
 
-def _wandb(workdir: Path, config: Mapping[str, Any]) -> tuple[Sink, Callable[[], None]]:
+def _wandb(workdir: Path, config: Mapping[str, Any]) -> Sink:
     try:
         import wandb
     except ImportError:

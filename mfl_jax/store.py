@@ -11,7 +11,6 @@ what to do again.
 """
 
 import contextlib
-import csv
 import hashlib
 import os
 import re
@@ -26,9 +25,9 @@ import h5py
 import numpy as np
 
 from input_pipeline.features import ENCODER
-from input_pipeline.files import read_json, whole, write_json
+from input_pipeline.files import read_json, write_json
 from input_pipeline.table import read_rows
-from input_pipeline.tile import unguarded
+from input_pipeline.tile import unguarded, write_table
 
 VERSION = 1
 ROWS = 1024  # of a chunk: a chunk of one row, as others write them, is read 30 times slower
@@ -262,17 +261,10 @@ def write_tables(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     if layout.name == "clam":
         named = [{"case_id": r["case_id"], "slide_id": r["slide_id"], "label": r["label"]} for r in rows]
-        _write_verbatim(layout.out / "dataset.csv", named)
+        write_table(layout.out / "dataset.csv", named)
     elif layout.name == "stamp":
         named = [{"PATIENT": r["case_id"], "FILENAME": f"{r['slide_id']}.h5"} for r in rows]
-        _write_verbatim(layout.out / "slides.csv", named)
-
-
-def _write_verbatim(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
+        write_table(layout.out / "slides.csv", named)
 
 
 # --- torch's own format, of one float32 tensor: an archive of a pickle that names a storage, and the bytes of it

@@ -103,6 +103,9 @@ def _standardise_gradient(epsilon, relu, kept, given):
 standardise.defvjp(_standardise, _standardise_gradient)
 
 
+Half = tuple[jax.Array, jax.Array]  # scale and bias of a HalfNorm
+
+
 class HalfNorm(nn.Module):
     """The first half of a LayerNorm: (x of mean 0 and variance 1, (scale, bias)). The other half is done by the `Dense`
     that follows, which takes scale and bias into its kernel and bias: the same function in fewer passes over x, and
@@ -111,7 +114,7 @@ class HalfNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Half]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         return standard_rows(x, self.epsilon), (scale, bias)
@@ -145,7 +148,7 @@ standard_rows.defvjp(_standard_rows, _standard_rows_gradient)
 
 class Dense(nn.Module):
     """x @ kernel + bias with all but the last axis folded into one: XLA:CPU transposes a [B, N, D] operand in the
-    gradient, which made the attention block 1.7 times slower. `half` is the (scale, bias) of a `HalfNorm`."""
+    gradient, which made the attention block 1.7 times slower. `half` is what a `HalfNorm` left to do."""
 
     features: int
     use_bias: bool = True
@@ -153,7 +156,7 @@ class Dense(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, half: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, half: Half | None = None) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
         if half is not None:
@@ -313,7 +316,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
-def _max_pool(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _max_pool(x: jax.Array) -> tuple[jax.Array, Half]:
     size = [(n - 1) // 2 * 2 + 1 for n in x.shape[1:3]]
     wide = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     parts = [wide[:, i : i + size[0] : 2, j : j + size[1] : 2] for i in range(3) for j in range(3)]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mfl_jax.models.layers import Dense, DropPath, HalfNorm, attend, fold_blocks, gelu, resize_grid
+from mfl_jax.models.layers import Dense, DropPath, Half, HalfNorm, attend, fold_blocks, gelu, resize_grid
 
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12)}  # features, blocks, heads
 START = nn.initializers.truncated_normal(0.02)
@@ -18,7 +18,7 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, half: Any = None, there: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, half: Half, there: jax.Array | None = None) -> jax.Array:
         """`there` [B, N]: tokens that are attended to, at least one a row; all of them where it is None."""
         b, n, d = x.shape
         qkv = Dense(3 * d, kernel_init=START, dtype=self.dtype, name="qkv")(x, half)
@@ -30,7 +30,7 @@ class Mlp(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, half: Any = None) -> jax.Array:
+    def __call__(self, x: jax.Array, half: Half) -> jax.Array:
         y = Dense(4 * x.shape[-1], kernel_init=START, dtype=self.dtype, name="fc1")(x, half)
         return Dense(x.shape[-1], kernel_init=START, dtype=self.dtype, name="fc2")(gelu(y))
 

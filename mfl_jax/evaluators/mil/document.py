@@ -160,19 +160,24 @@ def reliability(study: Study, notes: Sequence[str]) -> list[str]:
         found += [f"{arm.name}: {note}" for note in arm.result.notes]
         low, mean, high = spread(arm, study.metric)
         found.append(f"{arm.name}: {TITLES[study.metric]} by fold {mean:.3f}, from {low:.3f} to {high:.3f}.")
-    tested = study.arms[0].result.labels
-    shares = np.bincount(tested.astype(int)) / len(tested)
-    if not study.table.survival and shares.max() > UNEVEN / len(study.table.names):
+    if not study.table.survival:
+        found += _of_classes(study.arms[0].result.labels, len(study.table.names))
+    if seen := {arm.features for arm in study.arms if arm.result.mode == "transductive"}:
+        found.insert(0, f"Transductive: the encoder was trained on cases of this table ({', '.join(sorted(seen))}).")
+    return found
+
+
+def _of_classes(labels: np.ndarray, classes: int) -> list[str]:
+    found, share = [], np.bincount(labels.astype(int)).max() / len(labels)
+    if share > UNEVEN / classes:
         found.append(
-            f"Classes weigh alike in training, and the commonest has {shares.max():.0%} of the slides: probabilities "
+            f"Classes weigh alike in training, and the commonest has {share:.0%} of the slides: probabilities "
             "are as if all classes were equally frequent, and calibration and its error show that as well."
         )
-    if len(tested) < FEW and not study.table.survival:
+    if len(labels) < FEW:
         found.append(
             "Predictions of all folds are pooled. Of so few slides, those without any signal come out below 0.5."
         )
-    if seen := {arm.features for arm in study.arms if arm.result.mode == "transductive"}:
-        found.insert(0, f"Transductive: the encoder was trained on cases of this table ({', '.join(sorted(seen))}).")
     return found
 
 
