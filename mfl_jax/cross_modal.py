@@ -79,7 +79,8 @@ def told(pairs: Pairs, found: Mapping[str, Retrieved]) -> list[str]:
     for name, result in found.items():
         figures = ", ".join(f"recall@{k.removeprefix('recall_')} {result.metrics[k]} (chance {chance:.4f})"
                             for k, chance in result.chance.items())  # fmt: skip
-        lines.append(f"{name}: {figures}; median rank {result.counts['median_rank']} of {result.counts['bank']}")
+        lines.append(f"{name}: {figures}; mAP {result.metrics['map']}, nDCG {result.metrics['ndcg']}; "
+                     f"median rank {result.counts['median_rank']} of {result.counts['bank']}")  # fmt: skip
         lines += result.notes
     cases = set(pairs.columns["case"].tolist())
     if seen := cases & set(pairs.trained):

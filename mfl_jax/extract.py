@@ -81,7 +81,8 @@ def extract(
             if job.state == "failed":
                 job.set_aside()
         report.rows = [job.row() for job in jobs]
-        _write_tables(place, report.rows, jobs)
+        for line in _write_tables(place, report.rows, jobs):
+            say(line)
         store.write_encoder(place, encoder.cases)
     return report
 
@@ -94,15 +95,18 @@ def usual_batch(size: int) -> int:
     return max(8, 4 * jax.device_count()) if size >= 128 else max(64, 32 * jax.device_count())
 
 
-def _write_tables(place: Layout, rows: list[dict[str, Any]], jobs: Sequence["_Job"]) -> None:
-    """Of all slides in the folder: those of this call, and those of earlier ones that lie there still."""
+def _write_tables(place: Layout, rows: list[dict[str, Any]], jobs: Sequence["_Job"]) -> tuple[str, ...]:
+    """Of all slides in the folder: those of this call, and those of earlier ones that lie there still; what is to be
+    said of them comes back."""
     beside, labels = store.slides_beside(place, rows), store.labels_before(place)
     write_status_table(place.out / "status.csv", [*rows, *beside])
     whole = [
-        {n: getattr(job.entry, n) for n in ("slide_id", "case_id", "label")} for job in jobs if job.state != "failed"
+        {n: getattr(job.entry, n) for n in ("slide_id", "case_id", "labels")} for job in jobs if job.state != "failed"
     ]
-    kept = [{n: row[n] for n in ("slide_id", "case_id")} | {"label": labels.get(row["slide_id"], "")} for row in beside]
-    store.write_tables(place, [*whole, *kept])
+    kept = [
+        {n: row[n] for n in ("slide_id", "case_id")} | {"labels": labels.get(row["slide_id"], {})} for row in beside
+    ]
+    return store.write_tables(place, [*whole, *kept])
 
 
 def _account(ledger: Ledger, bar: Any, say: Callable[[str], None]) -> Callable[["_Job"], None]:

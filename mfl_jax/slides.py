@@ -41,7 +41,7 @@ class Entry:
 
     slide_id: str
     case_id: str
-    label: str
+    labels: Mapping[str, str]
     signature: str
     open: Callable[[], Tiles]
     fault: str = ""
@@ -108,8 +108,8 @@ def of_tiled(folder: Path) -> Source:
             fault = f"tiling failed: {status['reason']}"
         elif not tiling.is_done(folder, row, params):
             fault = "its files changed since it was tiled; run mfl tile again"
-        label, start = row.labels.get("label", ""), partial(_Slide, folder, row, params)
-        entries.append(Entry(row.slide_id, row.case_id, label, status["signature"], start, fault))
+        start = partial(_Slide, folder, row, params)
+        entries.append(Entry(row.slide_id, row.case_id, row.labels, status["signature"], start, fault))
     step = params.size if params.step is None else params.step
     return Source(tuple(entries), params.size, params.mpp, max(0, params.size - step))
 
@@ -157,16 +157,16 @@ class _Slide:
 def of_tile_set(folder: Path) -> Source:
     tileset = TileSet.open(folder)
     spec = tileset.spec
-    names, labels = spec.label_names, tileset.tiles["label"]
+    names, of_tiles = spec.label_names, tileset.tiles["label"]
     entries = []
     for i, about in enumerate(tileset.manifest["slides"]):
         first, stop = int(tileset.first_row[i]), int(tileset.first_row[i + 1])
-        codes = np.unique(labels[first:stop])
+        codes = np.unique(of_tiles[first:stop])
         code = int(codes[0]) if len(codes) == 1 else -1  # labels of tiles that differ are none of the slide
-        label = names[code] if 0 <= code < len(names) else ""
+        labels = {"label": names[code]} if 0 <= code < len(names) else {}
         signature = f"{spec.sha256} {about['digest']}"
         start = partial(_Packed, tileset, about, first, stop)
-        entries.append(Entry(about["slide"], about["case"], label, signature, start))
+        entries.append(Entry(about["slide"], about["case"], labels, signature, start))
     return Source(tuple(entries), spec.size, spec.mpp, _overlap(tileset), spec.he_kind, spec.he_channels)
 
 

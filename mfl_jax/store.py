@@ -3,7 +3,7 @@
     ours      OUT/<slide>.h5                           features, coords
     clam      OUT/h5_files/<slide>.h5, OUT/pt_files/<slide>.pt, OUT/patches/<slide>.h5, OUT/dataset.csv
     trident   OUT/<mag>x_<px>px_<overlap>px_overlap/features_<encoder>/<slide>.h5, and .../patches/<slide>_patches.h5
-    stamp     OUT/<slide>.h5                           feats (float16), coords in um; OUT/slides.csv
+    stamp     OUT/<slide>.h5                           feats (float16), coords in um; OUT/slides.csv, OUT/clini.csv
 
 A slide's file has its name when it is whole and never before. In every layout it carries our attributes, which others
 ignore: where the scale comes from, the encoder, and a hash of all that decides what is in it, by which a rerun knows
@@ -53,7 +53,6 @@ class Sheet:
     tile_mpp: float
     overlap_px: int
     extent: tuple[int, int]  # width and height of level 0; what the tiles span where the slide is not at hand
-    label: str = ""
 
     @property
     def side(self) -> int:
@@ -215,11 +214,17 @@ def slides_beside(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> list[dic
     return kept
 
 
-def labels_before(layout: Layout) -> dict[str, str]:
-    """{slide_id: label} of the table that lies there."""
-    path = layout.out / "dataset.csv"
-    rows = read_rows(path, ("slide_id", "label"))[1] if path.is_file() else []
-    return {row["slide_id"]: row["label"] for _, row in rows}
+def labels_before(layout: Layout) -> dict[str, dict[str, str]]:
+    """{slide_id: {column: label}} of the tables that lie there."""
+    table, clini = layout.out / "dataset.csv", layout.out / "clini.csv"
+    if layout.name == "clam" and table.is_file():
+        rows = [row for _, row in read_rows(table, ("slide_id", "case_id"))[1]]
+        return {row.pop("slide_id"): {name: row[name] for name in row if name != "case_id"} for row in rows}
+    if layout.name == "stamp" and clini.is_file():
+        known = {row.pop("PATIENT"): row for _, row in read_rows(clini, ("PATIENT",))[1]}
+        rows = [row for _, row in read_rows(layout.out / "slides.csv", ("PATIENT", "FILENAME"))[1]]
+        return {row["FILENAME"].removesuffix(".h5"): known.get(row["PATIENT"], {}) for row in rows}
+    return {}
 
 
 def write_encoder(layout: Layout, cases: Sequence[str] | None) -> None:
@@ -252,19 +257,46 @@ def _check_same(path: Path, about: Mapping[str, Any], folder: Path) -> None:
         raise ValueError(f"{path} is of another encoder than {first}: extract again, or move it away")
 
 
-def write_tables(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> None:
-    """What CLAM and STAMP want beside the features: which slide is of which case; rows of slide_id, case_id, label.
+def write_tables(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What CLAM and STAMP want beside the features: which slide is of which case, and the labels, STAMP's by patient;
+    rows of slide_id, case_id, labels. What is to be said of them comes back.
 
     Verbatim, unlike our own tables: they look for files by these names, and would take a guard for a part of them.
     """
-    if not rows:
-        return
-    if layout.name == "clam":
-        named = [{"case_id": r["case_id"], "slide_id": r["slide_id"], "label": r["label"]} for r in rows]
-        write_table(layout.out / "dataset.csv", named)
-    elif layout.name == "stamp":
-        named = [{"PATIENT": r["case_id"], "FILENAME": f"{r['slide_id']}.h5"} for r in rows]
-        write_table(layout.out / "slides.csv", named)
+    columns = list(dict.fromkeys(name for row in rows for name in row["labels"]))
+    if rows and layout.name == "clam":
+        columns = ["label", *(name for name in columns if name != "label")]
+        named = [{"case_id": r["case_id"], "slide_id": r["slide_id"]} for r in rows]
+        labelled = [of | {n: r["labels"].get(n, "") for n in columns} for of, r in zip(named, rows, strict=True)]
+        write_table(layout.out / "dataset.csv", labelled)
+    if rows and layout.name == "stamp":
+        write_table(
+            layout.out / "slides.csv", [{"PATIENT": r["case_id"], "FILENAME": f"{r['slide_id']}.h5"} for r in rows]
+        )
+        if columns:
+            return _write_patients(layout.out / "clini.csv", rows, columns)
+    return ()
+
+
+def _write_patients(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[str, ...]:
+    """A patient has the label that all of its slides have; none where they differ, which is said."""
+    said: dict[str, dict[str, set[str]]] = {}
+    for row in rows:
+        of_case = said.setdefault(row["case_id"], {name: set() for name in columns})
+        for name in columns:
+            of_case[name].add(row["labels"].get(name, ""))
+    labelled = [
+        {"PATIENT": case} | {name: next(iter(of[name])) if len(of[name]) == 1 else "" for name in columns}
+        for case, of in said.items()
+    ]
+    write_table(path, labelled)
+    differ = {name: [case for case, of in said.items() if len(of[name]) > 1] for name in columns}
+    return tuple(
+        f"{path.name}: {name} is left empty for {len(cases)} of {len(said)} patients, whose slides differ in it: "
+        f"{', '.join(cases[:3])}"
+        for name, cases in differ.items()
+        if cases
+    )
 
 
 # --- torch's own format, of one float32 tensor: an archive of a pickle that names a storage, and the bytes of it

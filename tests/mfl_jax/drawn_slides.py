@@ -74,6 +74,13 @@ def source(counts: dict[str, int], spoil=None, faults: dict[str, str] | None = N
     faults = faults or {}
 
     def entry(name: str, count: int) -> Entry:
-        return Entry(name, f"case of {name}", "yes", signature, lambda: Drawn(name, count, spoil), faults.get(name, ""))
+        return Entry(
+            name,
+            f"case of {name}",
+            {"label": "yes"},
+            signature,
+            lambda: Drawn(name, count, spoil),
+            faults.get(name, ""),
+        )
 
     return Source(tuple(entry(name, count) for name, count in counts.items()), SIZE, 0.5, 2)

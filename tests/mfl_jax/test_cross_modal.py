@@ -64,6 +64,9 @@ def test_each_tile_finds_itself_in_the_other_modality_and_those_without_it_are_n
         assert result.chance["recall_1"] == pytest.approx(1 / 18)
     shuffled = cross_modal.evaluate(replace(pairs, partner=pairs.partner[::-1]), resamples=50)
     assert shuffled["he_to_if"].metrics["recall_1"].value == 0
+    told = cross_modal.told(pairs, found)[0]
+    assert told.startswith("he_to_if: recall@1 1.000")
+    assert "; mAP 1.000 [1.000, 1.000], nDCG 1.000 [1.000, 1.000]; median rank 1 of 18" in told
     text = "\n".join(cross_modal.told(cross_modal.embed(made / "run", made / "set", split="train"), found))
     assert "transductive: the run was trained on 2 of these 2 cases" in text
 

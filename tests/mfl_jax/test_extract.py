@@ -79,7 +79,11 @@ def test_tables_list_every_slide_of_the_folder_whichever_call_it_is_of(tmp_path,
         found = {row.get("slide_id", row.get("FILENAME", "")).removesuffix(".h5") for row in rows}
         assert found == {"a", "=b", "c"}
         assert len(rows) == 3
-        assert {row["label"] for row in rows if "label" in row} <= {"yes"}
+        if layout == "stamp":
+            with open(tmp_path / "clini.csv", newline="") as file:
+                rows = list(csv.DictReader(file))
+            assert {row["PATIENT"] for row in rows} == {"case of a", "case of =b", "case of c"}
+        assert [row["label"] for row in rows] == ["yes"] * 3
     next(tmp_path.rglob("c.h5")).unlink()
     run(tmp_path, source({"a": 3}), layout=layout)
     assert "c" not in states(tmp_path)

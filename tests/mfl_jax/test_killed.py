@@ -14,7 +14,7 @@ from mfl_jax import metrics
 from tests.mfl_jax import processes as processes_of
 
 pytestmark = pytest.mark.slow
-STEPS = 200
+STEPS, STOPS, KILLS = 400, 20, 50
 RUN = """
 import hashlib, os, sys, time
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.mfl_jax import synthetic, toy
 methods.METHODS["toy"] = toy.make
 preempt.initialize()
 import jax
-config = toy.config(steps=200, every=5)
+config = toy.config(steps=400, every=5)
 def slow(step, batch):
     time.sleep(.03)
     return batch
@@ -101,19 +101,16 @@ def whole(workdir: Path) -> list[int]:
 @pytest.mark.parametrize("count", [1, 2])
 def test_told_to_stop_all_exit_well_with_a_checkpoint_and_go_on(uninterrupted, count, tmp_path):
     draw = random.Random(count)
-    stops = 0
-    while lines(tmp_path) < STEPS // 2:
+    for _ in range(STOPS):
         with running(tmp_path, count) as processes:
             reached(tmp_path, lines(tmp_path) + draw.randint(1, 6))
             time.sleep(draw.uniform(0, 0.1))
             processes[draw.randrange(count)].send_signal(signal.SIGTERM)
             ended = end(processes)
-        stops += 1
         assert [status for status, _, _ in ended] == [0] * count, ended
         steps = {out for _, out, _ in ended}
         assert len(steps) == 1
-        assert whole(tmp_path)[-1] == int(steps.pop().split()[1])
-    assert stops > 1
+        assert whole(tmp_path)[-1] == int(steps.pop().split()[1]) < STEPS
     assert completed(tmp_path, count)[0][1] == uninterrupted[count]
 
 
@@ -129,14 +126,16 @@ def test_told_to_stop_while_it_compiles_it_exits_well(tmp_path):
 
 
 def test_killed_at_any_instant_the_same_command_goes_on(uninterrupted, tmp_path):
-    draw, kills = random.Random(0), 0
-    for _ in range(20):
+    """Half of them while it starts, restores or compiles, half while it trains and saves."""
+    draw = random.Random(0)
+    for kill in range(KILLS):
         with running(tmp_path, 1) as processes:
-            time.sleep(draw.uniform(0.5, 4.5))
-            kills += processes[0].poll() is None
+            if kill % 2:
+                reached(tmp_path, lines(tmp_path) + draw.randint(1, 4))
+            time.sleep(draw.uniform(0, 0.2 if kill % 2 else 4))
+            assert processes[0].poll() is None, "it ended before it could be killed"
         if (tmp_path / "metrics.jsonl").exists():
             metrics.read(tmp_path / "metrics.jsonl")
-    assert kills > 5
     ((status, out, errors),) = completed(tmp_path)
     assert (status, out) == (0, uninterrupted[1]), errors
     assert whole(tmp_path)[-1] == STEPS

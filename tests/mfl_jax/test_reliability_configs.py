@@ -13,7 +13,6 @@ from tests.mfl_jax import synthetic
 pytestmark = pytest.mark.usefixtures("compile_cache")
 SIZE = synthetic.SIZE
 CONFIGS = sorted(p.stem for p in synthetic.CONFIGS.glob("[!_]*.py") if p.stem != "common")
-FAST = "two_view"  # the others take minutes together
 SPEC = Spec(
     "small",
     SIZE,
@@ -84,31 +83,22 @@ def configured(name: str, folder: Path):
     return synthetic.tiny(name, data__tileset=str(root), evals=evals, log_every=1)
 
 
-def check(name: str, root: Path, workdir: Path) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_trains_is_evaluated_saved_and_restored(name, root, tmp_path):
     config = configured(name, root)
-    state = train.train(config, workdir, progress=False)
+    state = train.train(config, tmp_path, progress=False)
     assert (int(state.step), int(state.skipped_total)) == (2, 0)
-    rows = metrics.read(workdir / "metrics.jsonl")
+    rows = metrics.read(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == [0, 1]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
     for wanted in ("probe/auc", "near/auc", "batch/nearest"):
         assert [row["step"] for row in rows if wanted in row] == [0, 1, 2]
         assert all(np.isfinite(row[wanted]) for row in rows if wanted in row)
 
-    again = train.train(config, workdir, progress=False)  # restored, and nothing left to do
+    again = train.train(config, tmp_path, progress=False)  # restored, and nothing left to do
     synthetic.assert_same(state, again)
-    assert metrics.read(workdir / "metrics.jsonl") == rows
-    found = trained.open_run(workdir)
+    assert metrics.read(tmp_path / "metrics.jsonl") == rows
+    found = trained.open_run(tmp_path)
     assert found.step == 2
     synthetic.assert_same(found.params, state.params if state.average is None else state.average)
-    assert json.loads((workdir / "config.json").read_text())["evals"]["near"]["kind"] == "knn"
-
-
-def test_a_config_trains_is_evaluated_saved_and_restored(root, tmp_path):
-    check(FAST, root, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != FAST])
-def test_every_other_config_does_too(name, root, tmp_path):
-    check(name, root, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["evals"]["near"]["kind"] == "knn"
