@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from input_pipeline.tileset import TileSet
     from mfl_jax.evaluators.embed import Embedded
+    from mfl_jax.report.maps import Backdrop
 
 NAMES = ("tile", "slide", "case", "x", "y", "mpp", "side")
 Pictures = Callable[[Sequence[int]], list[np.ndarray | None]]
@@ -29,6 +30,7 @@ class Corpus:
     pictures: Pictures
     classes: dict[str, tuple[str, ...]]  # of columns that hold classes by number
     trained: tuple[str, ...] | None = None  # cases that the encoder was trained on; None where nothing says
+    backdrop: Callable[[str], "Backdrop | None"] = lambda slide: None  # a picture of a slide, to draw over
 
     def __len__(self) -> int:
         return len(self.features)
@@ -55,6 +57,7 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
     from mfl_jax import sharding
     from mfl_jax.arms import partners_of_embed
     from mfl_jax.evaluators.embed import embed_set
+    from mfl_jax.report import maps
     from mfl_jax.trained import check_tiles, open_run, read_run
 
     tiles, (_, facts) = TileSet.open(tileset), read_run(Path(run))
@@ -75,8 +78,20 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
             he = list(Axes.of(grids).colours(grids))
         return he
 
+    def backdrop(slide: str) -> "Backdrop | None":
+        rows = np.flatnonzero(columns["slide"].astype(str) == slide)
+        corners, side = places(columns, rows)
+        return maps.of_tiles(corners, side, lambda some: pictures(rows[np.asarray(some)].tolist()))
+
     names = {"label": tuple(tiles.spec.label_names)} if tiles.spec.label_names else {}
-    return Corpus(found.features[feature], columns_of(found, tiles), pictures, names, facts.train_cases)
+    columns = columns_of(found, tiles)
+    return Corpus(found.features[feature], columns, pictures, names, facts.train_cases, backdrop)
+
+
+def places(columns: Mapping[str, np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """Corners [R, 2] of tiles of a slide, and their side."""
+    corners = np.stack([columns[name][rows].astype(np.float64) for name in ("x", "y")], 1)
+    return corners, float(columns["side"][rows[0]])
 
 
 def columns_of(found: "Embedded", tiles: "TileSet") -> dict[str, np.ndarray]:
@@ -88,13 +103,15 @@ def columns_of(found: "Embedded", tiles: "TileSet") -> dict[str, np.ndarray]:
     return columns
 
 
-def of_folder(folder: Path, slides: Path | None = None) -> Corpus:
+def of_folder(folder: Path, slides: Path | None = None, *, mpp: float | None = None) -> Corpus:
     """Files of features by slide, as `mfl extract` and its peers write them; `slides` is a cohort (CSV or folder) whose
-    slides the pictures are read from. Where a file names no slide, its own name is that; where it names no case, the
-    cohort does, or else TCGA's patient, or else the slide is its own case.
+    slides the pictures are read from; `mpp` is um per level-0 px, for STAMP's files, whose places are um. Where a file
+    names no slide, its own name is that; where it names no case, the cohort does, or else TCGA's patient, or else the
+    slide is its own case.
     """
     from input_pipeline.features import find_folder, read_bag, side_um
     from mfl_jax.bags import check_alike
+    from mfl_jax.report import maps
     from mfl_jax.slides import case_of, read_cohort
     from mfl_jax.store import trained_cases
 
@@ -104,16 +121,17 @@ def of_folder(folder: Path, slides: Path | None = None) -> Corpus:
     features, parts, units = [], [], []
     said: dict[str, Mapping[str, Any]] = {}
     for path in paths:
-        bag = read_bag(path)
+        bag = read_bag(path, mpp=mpp)
         of_file, coords = bag.features, bag.coords
-        slide, case, mpp = _said(path)
+        slide, case, scale = _said(path)
+        scale = mpp if mpp is not None and not math.isfinite(scale) else scale
         side = side_um(bag.notes) if bag.unit == "um" else bag.side
         case = case or (known[slide].case_id if slide in known else case_of(slide))
         size = len(of_file)
         said |= {path.name: bag.notes} if size else {}
         units.append(np.full(size, bag.unit))
         features.append(np.asarray(of_file, np.float32))
-        fixed = {"slide": slide, "case": case, "mpp": mpp, "side": side}
+        fixed = {"slide": slide, "case": case, "mpp": scale, "side": side}
         parts.append({"x": coords[:, 0], "y": coords[:, 1]} | {k: np.full(size, v) for k, v in fixed.items()})
     lengths = {f.shape[1]: path.name for f, path in zip(features, paths, strict=True) if len(f)}
     if len(lengths) != 1:
@@ -125,13 +143,14 @@ def of_folder(folder: Path, slides: Path | None = None) -> Corpus:
     columns["tile"] = np.arange(len(columns["slide"]))
     if (unit := np.concatenate([units[i] for i in kept]) == "um").any():
         columns["unit"] = np.where(unit, "um", "px")
-    return Corpus(
-        np.concatenate([features[i] for i in kept]),
-        columns,
-        _of_slides(columns, {name: of.he for name, of in known.items()}),
-        {},
-        trained_cases(root),
-    )
+    files = {name: of.he for name, of in known.items()}
+
+    def backdrop(slide: str) -> "Backdrop | None":
+        in_um = "unit" in columns and "um" in columns["unit"][columns["slide"] == slide]
+        return maps.of_slide(files[slide], "um" if in_um else "px") if slide in files else None
+
+    every = np.concatenate([features[i] for i in kept])
+    return Corpus(every, columns, _of_slides(columns, files), {}, trained_cases(root), backdrop)
 
 
 def locate(corpus: Corpus, slide: str, x: float, y: float, *, um: bool = False, radius: float = 0.0) -> np.ndarray:
@@ -152,7 +171,8 @@ def locate(corpus: Corpus, slide: str, x: float, y: float, *, um: bool = False, 
     in_um = corpus.columns["unit"][rows[0]] == "um" if "unit" in corpus.columns else False
     if in_um and not um:
         raise ValueError(
-            f"tiles of slide {slide!r} lie at places in um, and its um per px is not known: give the place in um (--um)"
+            f"tiles of slide {slide!r} lie at places in um, and its um per px is not known: give the place "
+            "in um (--um), or that scale (--mpp)"
         )
     scale = corpus.columns["mpp"][rows].astype(np.float64) if um and not in_um else np.ones(len(rows))
     if not np.isfinite(scale).all():

@@ -1,5 +1,5 @@
-"""What an evaluation finds in the distances between features: tiles of a kind in other cases, near tiles and far ones
-of a slide, and how well a slide can be told from its tiles."""
+"""What an evaluation finds in the distances between features: tiles of a kind in other cases, kinds of tile that lie
+together, near tiles and far ones of a slide, and how well a slide can be told from its tiles."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mfl_jax import findings
-from mfl_jax.evaluators import batch_effect, retrieval
+from mfl_jax.evaluators import batch_effect, clusters, retrieval
 from mfl_jax.evaluators.results import Result, mean_score
 from mfl_jax.evaluators.tasks import Task
 from mfl_jax.findings import TITLES, ArmRuns, Asked, Found
@@ -36,6 +36,28 @@ def retrieved(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
             rows.append({"key": f"{prefix}/positive_{name}", "title": f"{TITLES[name]}, class 1"})
     found.tasks.append({"name": prefix, "title": f"{task.name}, found in other {asked.across}s", "metrics": rows})
     findings.differences(results, "map", prefix, asked.pairs, asked, found, mean_score)
+
+
+def clustered(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
+    prefix, chances, classes = f"{task.name}/clusters", {}, 0
+    results: dict[str, list[Result]] = {}
+    for arm in arms:
+        asked.say(f"kinds of tile, {task.name}: {arm.title}")
+        given = (asked.columns, asked.splits, task)
+        each = [clusters.evaluate(run.features, *given, **asked.of(run)) for run in arm.seeds]
+        for number, one in enumerate(each):
+            found.seeds[arm.name][number] |= {f"{prefix}/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
+            findings.note(found, arm, prefix, one.notes)
+        chances, classes = each[0].chance, each[0].tables.shape[2]
+        findings.add(found, arm, prefix, clusters.over_seeds(each, **asked.drawn()), ())
+        results[arm.name] = [clusters.as_result(one) for one in each]
+    rows = []
+    for name in clusters.MEASURES:
+        chance = {"chance": chances[name]} if name in chances else {}
+        rows.append({"key": f"{prefix}/{name}", "title": TITLES[name]} | chance)
+    what = f"k-means of the tiles, k = {clusters.K}, told nothing, beside what they are."
+    found.tasks.append({"name": prefix, "title": f"{task.name}, as clusters", "what": what, "metrics": rows})
+    findings.differences(results, "nmi", prefix, asked.pairs, asked, found, clusters.nmi_of(classes))
 
 
 def ratios(arms: Sequence[ArmRuns], asked: Asked, limits: tuple[float, float], found: Found) -> None:

@@ -26,9 +26,9 @@ OF_TASK: dict[str, tuple[str, Callable[..., Result]]] = {
     "paper_head": ("small network on frozen features", paper_head.evaluate),
 }
 WITHOUT_TASK = ("decode", "batch_effect", "distance_ratio")
-KINDS = (*OF_TASK, "few_label", "retrieval", *WITHOUT_TASK)
+KINDS = (*OF_TASK, "few_label", "retrieval", "clusters", *WITHOUT_TASK)
 OF_RUNS = ("saliency",)  # needs more than features: see looks.py
-CLASSES_ONLY = ("knn", "paper_head", "few_label", "retrieval", "saliency")
+CLASSES_ONLY = ("knn", "paper_head", "few_label", "retrieval", "clusters", "saliency")
 FEW = 0.05  # of the labelled tiles: what arms are compared on, beside all of them
 FEW_CASES = 8  # below it, resamples of cases hardly differ, and an interval says little
 
@@ -130,6 +130,8 @@ def assemble(
                 _at_few(task, arms, _few_label(task, able, asked, found), asked, found)
             elif kind == "retrieval":
                 distances.retrieved(task, able, asked, found)
+            elif kind == "clusters":
+                distances.clustered(task, able, asked, found)
     return _document(arms, asked, found)
 
 

@@ -27,6 +27,9 @@ TITLES = {
     "recall_5": "Recall@5",
     "recall_10": "Recall@10",
     "ndcg": "nDCG",
+    "purity": "Purity",
+    "nmi": "Mutual information",
+    "ari": "Rand index",
     "addr_global": "Far/near, all pairs",
     "addr_local": "Far/near, slide by slide",
 }

@@ -13,11 +13,10 @@ import numpy as np
 from input_pipeline.files import save_picture, whole
 from input_pipeline.slides.reader import open_slide
 from mfl_jax.evaluators.mil.maps import heat
-from mfl_jax.report.maps import COLOURS, class_map
+from mfl_jax.report.maps import COLOURS, COVER, class_map, of_slide
 from mfl_jax.report.pictures import sheet
 
 SIDE, LONGEST = 240, 900  # px: of a picture on the sheet, of a slide's thumbnail
-COVER = 0.55  # of a colour over the slide
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,8 @@ def save(folder: Path, found: Found, show: int = 12, slides: Mapping[str, Path] 
     for slide in shown:
         codes = found.tables["assignment"][found.rows(slide)]
         names = [f"{k}: {count} regions" for k, count in enumerate(_sizes(found, slide))]
-        picture = class_map(*found.cells(slide), codes, names, found.slides[slide])
+        file = (slides or {}).get(found.slides[slide])
+        picture = class_map(*found.cells(slide), codes, names, found.slides[slide], of_slide(file) if file else None)
         written.append(folder / f"map_{found.slides[slide]}.png")
         save_picture(written[-1], picture)
     written.append(folder / "neighbours.png")

@@ -1,15 +1,18 @@
-"""`mfl clusters`: the tiles of a corpus by kind, for people to name: a table, a sheet a cluster, a map a slide."""
+"""`mfl clusters`: the tiles of a corpus by kind, for people to name: a table, a sheet a cluster, a map a
+slide, over the slide itself."""
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from input_pipeline.cores import available_cores
 from input_pipeline.files import save_picture, whole, write_json
 from mfl_jax import search
-from mfl_jax.corpus import Corpus
+from mfl_jax.corpus import Corpus, places
 from mfl_jax.evaluators import clusters
 from mfl_jax.evaluators.clusters import Agreement, Clusters
 from mfl_jax.evaluators.tasks import Task
@@ -41,9 +44,9 @@ def sort(corpus: Corpus, k: int, task: Task | None = None, *, seed: int = 0, res
     unknown = int((unseen & ~known).sum())
     known = known & unseen
     if task and known.any():
-        of = (found.assignment[known], target[known], corpus.columns["case"][known])
+        of = (found.assignment[known], target[known], corpus.columns["case"][known], k)
         agreed = clusters.agreement(*of, task=task.name, resamples=resamples, seed=seed)
-        for number, row in enumerate(agreed.table[:k]):
+        for number, row in enumerate(agreed.table):
             if row.sum():
                 common[number] = f", {row.max() / row.sum():.0%} {_class_name(corpus, task, int(row.argmax()))}"
     names = tuple(f"{i}: {size} tiles{common[i]}" for i, size in enumerate(found.sizes))
@@ -89,7 +92,9 @@ def save(folder: Path, corpus: Corpus, result: Sorted) -> list[Path]:
         for name, picture in pictures.items():
             save_picture(folder / name, picture)
             written.append(folder / name)
-    return written + [path for slide in slides if (path := _map(folder, corpus, result, slide))]
+    with ThreadPoolExecutor(available_cores()) as pool:  # decoding is most of it
+        maps = pool.map(lambda slide: _map(folder, corpus, result, slide), slides)
+        return written + [path for path in maps if path]
 
 
 def document(result: Sorted) -> dict[str, Any]:
@@ -127,10 +132,10 @@ def _table(path: Path, corpus: Corpus, result: Sorted) -> Path:
 def _map(folder: Path, corpus: Corpus, result: Sorted, slide: str) -> Path | None:
     """None where it is not known where the tiles lie, or how large they are."""
     rows = np.flatnonzero(corpus.columns["slide"].astype(str) == slide)
-    corners = np.stack([corpus.columns[name][rows].astype(np.float64) for name in ("x", "y")], 1)
-    side = float(corpus.columns["side"][rows[0]])
+    corners, side = places(corpus.columns, rows)
     if not (np.isfinite(corners).all() and side > 0):
         return None
     path = folder / f"map_{slide}.png"
-    save_picture(path, class_map(corners, side, result.found.assignment[rows], result.names, slide))
+    codes = result.found.assignment[rows]
+    save_picture(path, class_map(corners, side, codes, result.names, slide, corpus.backdrop(slide)))
     return path

@@ -27,6 +27,9 @@ def _add_corpus(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--features", type=Path, help="in place of both: a folder of .h5 files, as mfl extract writes")
     command.add_argument("--slides", type=Path, help="with --features: the cohort of pictures, and of unnamed cases")
+    command.add_argument(
+        "--mpp", type=float, help="with --features: um per level-0 px, for STAMP's, whose places are um"
+    )
     command.add_argument("--batch", type=int, default=256)
 
 
@@ -36,7 +39,9 @@ def _corpus(options: argparse.Namespace):
     if options.features:
         if options.workdir or options.tileset or options.split or options.feature:
             raise ValueError("--features takes the place of --run, --tileset, --split and --feature")
-        return corpus.of_folder(options.features, options.slides)
+        return corpus.of_folder(options.features, options.slides, mpp=options.mpp)
+    if options.slides or options.mpp is not None:
+        raise ValueError("--slides and --mpp go with --features: a tile set has its pictures and places")
     if not (options.workdir and options.tileset):
         raise ValueError("give --run and --tileset, or --features")
     say(f"embedding {options.tileset} with {options.workdir}")

@@ -131,7 +131,7 @@ def _add_eval(commands) -> None:
     command.add_argument(
         "--task",
         default="probe",
-        help="probe,knn,few_label,paper_head,retrieval,decode,batch_effect,distance_ratio,saliency",
+        help="probe,knn,few_label,paper_head,retrieval,clusters,decode,batch_effect,distance_ratio,saliency",
     )
     command.add_argument("--target", default="label", help="a column of the tile set (default: label)")
     command.add_argument("--threshold", type=float, help="two classes: above it, and not")

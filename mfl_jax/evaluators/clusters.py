@@ -1,7 +1,7 @@
 """Which kinds of tile does an encoder see without being told? k-means of features, beside what the tiles are."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from mfl_jax import topk
 from mfl_jax.evaluators.probe import check_features
-from mfl_jax.evaluators.results import floats, over_cases
+from mfl_jax.evaluators.results import Result, floats, over_cases
 from mfl_jax.evaluators.tasks import Task, check_overlap, split_rows
 from mfl_jax.kmeans import kmeans
 from mfl_jax.statistics import Interval, Metric
@@ -50,9 +50,14 @@ class Agreement:
     task: str
     metrics: dict[str, Interval]
     chance: dict[str, float]  # of purity: all tiles in one cluster
-    table: np.ndarray  # int64 [k, classes] tiles
+    tables: np.ndarray  # int64 [cases, k, classes] tiles
+    cases: np.ndarray  # their names, sorted
     mode: str = "inductive"
     notes: tuple[str, ...] = ()
+
+    @property
+    def table(self) -> np.ndarray:
+        return self.tables.sum(0)
 
     def floats(self, prefix: str) -> dict[str, float]:
         return floats(self.metrics, prefix) | {f"{prefix}/{k}_chance": v for k, v in self.chance.items()}
@@ -96,26 +101,54 @@ def agreement(
     assignment: np.ndarray,
     target: np.ndarray,
     cases: np.ndarray,
+    k: int,
     *,
     task: str = "label",
     resamples: int = 2000,
     seed: int = 0,
 ) -> Agreement:
-    """Of clusters and classes (both from 0), with intervals over cases."""
-    shape = (int(assignment.max()) + 1, int(target.max()) + 1)
+    """Of k clusters and classes (both from 0), with intervals over cases, whose tiles keep their clusters."""
+    shape = (k, int(target.max()) + 1)
     names, code = np.unique(np.asarray(cases), return_inverse=True)
     tables = np.zeros((len(names), *shape), np.int64)
     np.add.at(tables, (code, assignment, target), 1)
-    flat, options = tables.reshape(len(names), -1).astype(np.float64), {"resamples": resamples, "seed": seed}
+    found = _intervals([tables], names, resamples, seed)
+    notes = tuple(f"{name} has no value: there is one class only" for name in MEASURES if name not in found)
+    chance = {"purity": float(tables.sum((0, 1)).max() / tables.sum()), "ari": 0.0}
+    return Agreement(task, found, chance, tables, names, notes=notes)
 
-    def of(measure: Callable[[np.ndarray], np.ndarray]) -> Metric:
-        return lambda _, rows, weights: measure((weights @ rows).reshape(-1, *shape))
 
-    found = {name: over_cases(of(measure), flat, names, **options) for name, measure in MEASURES.items()}
-    notes = tuple(f"{name} has no value: there is one class only" for name, i in found.items() if np.isnan(i.value))
-    known = {name: interval for name, interval in found.items() if np.isfinite(interval.value)}
-    table = tables.sum(0)
-    return Agreement(task, known, {"purity": float(table.sum(0).max() / table.sum()), "ari": 0.0}, table, notes=notes)
+def over_seeds(results: Sequence[Agreement], *, seed: int = 0, resamples: int = 2000) -> dict[str, Interval]:
+    """Of several seeds whose tiles are the same: the mean over seeds, with an interval over cases."""
+    return _intervals([result.tables for result in results], results[0].cases, resamples, seed)
+
+
+def _intervals(tables: Sequence[np.ndarray], cases: np.ndarray, resamples: int, seed: int) -> dict[str, Interval]:
+    """Of those measures that have a value."""
+    flat = np.concatenate([one.reshape(len(cases), -1) for one in tables], 1).astype(np.float64)
+
+    def of(measure: str) -> Metric:
+        def mean(_: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+            each = np.split(weights @ rows, len(tables), axis=1)
+            shapes = [one.shape[1:] for one in tables]
+            return np.mean([MEASURES[measure](t.reshape(-1, *s)) for t, s in zip(each, shapes, strict=True)], 0)
+
+        return mean
+
+    found = {name: over_cases(of(name), flat, cases, resamples=resamples, seed=seed) for name in MEASURES}
+    return {name: interval for name, interval in found.items() if np.isfinite(interval.value)}
+
+
+def as_result(found: Agreement) -> Result:
+    """A row a case, for comparisons of arms by results.compare with `nmi_of(its classes)`."""
+    rows = np.arange(len(found.cases))
+    scores = found.tables.reshape(len(rows), -1).astype(np.float64)
+    return Result(found.task, found.metrics, scores, np.zeros(len(rows)), found.cases, rows, {}, found.mode)
+
+
+def nmi_of(classes: int) -> Metric:
+    """Of rows that are tables of cases, [cases, k * classes]."""
+    return lambda _, rows, weights: nmi((weights @ rows).reshape(len(weights), -1, classes))
 
 
 def evaluate(
@@ -140,9 +173,9 @@ def evaluate(
     rows = np.flatnonzero(split_rows(columns, splits, known)[split])
     found = find(features[rows], k, seed=seed)
     cases = np.asarray(columns["case"])[rows]
-    result = agreement(found.assignment, target[rows], cases, task=task.name, resamples=resamples, seed=seed)
+    result = agreement(found.assignment, target[rows], cases, k, task=task.name, resamples=resamples, seed=seed)
     mode = "transductive" if seen else "inductive"
-    return Agreement(task.name, result.metrics, result.chance, result.table, mode, seen + found.notes + result.notes)
+    return replace(result, mode=mode, notes=seen + found.notes + result.notes)
 
 
 def purity(table: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 
 from mfl_jax import evaluation, report
 from mfl_jax.evaluation import assemble
-from mfl_jax.evaluators import LeakError, Task, few_label, probe, retrieval
+from mfl_jax.evaluators import LeakError, Task, clusters, few_label, probe, retrieval
 from mfl_jax.findings import ArmRuns, Seed
 from tests.mfl_jax.evaluators.cohort import cohort
 
@@ -207,6 +207,25 @@ def test_few_test_cases_are_said(made):
 def test_arms_of_one_name_are_refused(made):
     with pytest.raises(ValueError, match="different names"):
         assemble(arms(made)[:1] * 2, made["columns"], made["splits"], [TASK], **OPTIONS)
+
+
+def test_clusters_are_those_of_their_evaluator_and_compared_pair_by_pair(made):
+    given = arms(made)
+    found = assemble(given, made["columns"], made["splits"], [TASK], kinds=("clusters",), **OPTIONS)
+    report.validate(whole(found))
+    means = {}
+    for arm, row in zip(given, found["arms"], strict=True):
+        each = [clusters.evaluate(s.features, made["columns"], made["splits"], TASK, resamples=0) for s in arm.seeds]
+        for name in clusters.MEASURES:
+            key, values = f"label/clusters/{name}", [one.metrics[name].value for one in each]
+            assert [seed["metrics"][key] for seed in row["seeds"]] == values
+            interval = row["metrics"][key]
+            assert interval["mean"] == pytest.approx(np.mean(values), abs=1e-12)
+            assert interval["low"] <= interval["mean"] <= interval["high"]
+        means[arm.name] = row["metrics"]["label/clusters/nmi"]["mean"]
+    (d,) = found["differences"]
+    assert (d["metric"], d["difference"]) == ("label/clusters/nmi", pytest.approx(means[d["a"]] - means[d["b"]]))
+    assert d["low"] < d["difference"] < d["high"]
 
 
 def test_retrieval_and_distances_are_those_of_their_evaluators(made):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mfl_jax import cli, corpus, faiss_index, search, sort, topk
 from mfl_jax.evaluators import Task
+from mfl_jax.report import maps
 from mfl_jax.report.maps import COLOURS, MOST, class_map
 
 KINDS = np.eye(3, 8)
@@ -190,6 +191,31 @@ def test_every_class_of_a_map_looks_different():
         class_map(corners, 10.0, np.arange(MOST), [*names, "more"])
 
 
+def test_a_map_over_a_slide_is_the_slide_and_beside_it_the_colours_over_it(tmp_path):
+    image = np.full((40, 60, 3), 100, np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb", resolution=(20_000, 20_000), resolutionunit=3)
+    corners = np.array([[10.0, 10], [40, 10]])
+    drawn = class_map(corners, 10.0, np.array([1, -1]), ["x", "y"], under=maps.of_slide(tmp_path / "a.tif"))
+    at = lambda x, y: drawn[12 + round(2.4 * y), 12 + round(2.4 * x)].tolist()  # noqa: E731
+    right = 60 + 12 / 2.4
+    mixed = (0.45 * 100 + 0.55 * np.array(COLOURS[1])).round()
+    assert at(15, 15) == at(45, 15) == at(right + 45, 15) == at(right + 5, 5) == [100] * 3
+    assert np.abs(np.array(at(right + 15, 15)) - mixed).max() <= 1
+    in_um = class_map(corners / 2, 5.0, np.array([1, -1]), ["x", "y"], under=maps.of_slide(tmp_path / "a.tif", "um"))
+    np.testing.assert_array_equal(in_um, drawn)
+
+
+def test_tiles_make_a_picture_of_their_slide(tmp_path):
+    shades = np.arange(300) % 250
+    corners = np.stack([64.0 * (np.arange(300) % 20) + 7, 64.0 * (np.arange(300) // 20) + 9], 1)
+    under = maps.of_tiles(corners, 64.0, lambda rows: [np.full((8, 8, 3), shades[i], np.uint8) for i in rows])
+    assert under.origin == (7, 9)
+    middles = ((corners - under.origin + 32) * under.scale).astype(int)
+    assert under.image[middles[:, 1], middles[:, 0], 0].tolist() == shades.tolist()
+    absent = maps.of_tiles(corners, 64.0, lambda rows: [None for _ in rows])
+    assert (absent.image == 255).all()
+
+
 def write_features(root, tiles):
     h5py = pytest.importorskip("h5py")
     root.mkdir()
@@ -261,12 +287,16 @@ def test_places_of_stamp_are_um_until_their_scale_is_known(tmp_path, capsys):
     assert "lie at places in um, and its um per px is not known: give the place in um (--um)" in capsys.readouterr().err
     assert cli.main([*asked, "--um"]) == 0
     assert "x 112, y 0, unit um" in capsys.readouterr().out
+    assert cli.main([*asked, "--mpp", "0.5", "--x", "300", "--y", "200"]) == 0
+    assert "x 224, y 0\n" in capsys.readouterr().out
+    told = corpus.of_folder(root, mpp=0.5)
     for name in ("a", "b"):
         with h5py.File(root / f"{name}.h5", "a") as file:
             file.attrs["mpp_level0"] = 0.5
-    known = corpus.of_folder(root)
-    assert "unit" not in known.columns
-    assert corpus.locate(known, "a", 300, 200).tolist() == corpus.locate(known, "a", 150, 100, um=True).tolist() == [1]
+    for known in (told, corpus.of_folder(root)):
+        assert "unit" not in known.columns
+        assert corpus.locate(known, "a", 300, 200).tolist() == [1]
+        assert corpus.locate(known, "a", 150, 100, um=True).tolist() == [1]
 
 
 def test_pictures_of_a_folder_are_cut_from_its_slides(tmp_path):
@@ -301,6 +331,7 @@ def test_a_case_that_no_file_names_is_the_cohorts_or_tcgas(tmp_path):
     [
         (["search", "--tile", "3"], "give --run and --tileset, or --features"),
         (["search", "--features", "no", "--run", "no", "--tile", "3"], "--features takes the place of --run"),
+        (["search", "--run", "no", "--tileset", "no", "--tile", "3", "--mpp", "1"], "--slides and --mpp go with"),
         (["search", "--features", "no", "--slide", "s"], "the query is --tile, or --slide with --x and --y"),
         (
             ["search", "--features", "no", "--tile", "0", "--slide", "s", "--x", "0", "--y", "0"],

@@ -32,7 +32,7 @@ def test_measures_are_those_of_their_definitions():
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 3, 60)
     found = np.where(rng.random(60) < 0.6, classes, rng.integers(0, 4, 60))
-    result = clusters.agreement(found, classes, rng.integers(0, 6, 60), resamples=100)
+    result = clusters.agreement(found, classes, rng.integers(0, 6, 60), 4, resamples=100)
     expected = plain(found, classes)
     for name, value in expected.items():
         assert result.metrics[name].value == pytest.approx(value, rel=1e-12)
