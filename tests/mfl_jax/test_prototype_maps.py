@@ -70,6 +70,20 @@ def test_over_a_slide_the_colours_lie_where_the_regions_are(tmp_path):
     assert np.abs(at(30, 35) - mixed[1]).max() <= 1
 
 
+def test_a_map_of_a_slide_that_is_at_hand_has_it_beside_and_below(tmp_path):
+    Image.new("RGB", (60, 60), (90, 90, 90)).save(tmp_path / "a.tif")
+    prototype_maps.save(tmp_path, made(), slides={"a": tmp_path / "a.tif"})
+    with Image.open(tmp_path / "map_a.png") as alone, Image.open(tmp_path / "map_b.png") as without:
+        over, bare = np.asarray(alone), np.asarray(without)
+    cell, top = 24, 36  # px: a region of 10 in the map; above it the title
+    left = 12 + 6 * cell + 12  # of the second picture
+    there = left + int(1.0 * cell), top + int(3.5 * cell)  # the middle of the first region
+    mixed = 0.45 * 90 + 0.55 * np.array(COLOURS[0])
+    assert np.abs(np.array(colour(over, *there)) - mixed).max() <= 1
+    assert colour(over, there[0] - 6 * cell - 12, there[1]) == colour(over, left + 5, top + 5) == (90, 90, 90)
+    assert not (bare == 90).all(-1).any()
+
+
 def test_of_regions_that_overlap_the_middle_is_drawn():
     found = made()
     assert found.cells(0)[1] == 10
