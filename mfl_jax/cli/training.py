@@ -150,6 +150,7 @@ def _add_eval(commands) -> None:
         default="case",
         help="of retrieval: answers are of another case, or slide",
     )
+    command.add_argument("--asking", type=int, help="of retrieval: tiles of this class alone ask (1: those above)")
     command.add_argument("--baselines", default="", help="random, and colour of tiles or mean of regions")
     command.add_argument("--feature", default="he", help="of what the method embeds")
     command.add_argument("--batch", type=int, default=256)
@@ -164,12 +165,15 @@ def evaluate(options: argparse.Namespace) -> int:
     from mfl_jax import compare, report
     from mfl_jax.evaluators import Task
 
-    task = Task(options.target, options.target, options.threshold, options.regression)
+    kinds = _names(options.task)
+    if options.asking is not None and "retrieval" not in kinds:
+        raise ValueError("--asking goes with --task retrieval")
+    task = Task(options.target, options.target, options.threshold, options.regression, asking=options.asking)
     results, pictures = compare.evaluate(
         options.runs,
         TileSet.open(options.tileset),
         task,
-        kinds=_names(options.task),
+        kinds=kinds,
         baselines=_names(options.baselines),
         decoded=_names(options.decoded),
         truth=options.truth,

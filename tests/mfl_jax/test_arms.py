@@ -203,6 +203,14 @@ def test_the_command_writes_a_record_a_report_and_a_table(runs, root, tmp_path, 
     assert f"{auc['colour']['mean']:.3f} \\[" in printed
 
 
+def test_rare_tiles_alone_ask_for_their_like(runs, root, tmp_path):
+    arguments = ["eval", str(runs / "a"), "--tileset", str(root), "--out", str(tmp_path), "--task", "retrieval"]
+    assert cli.main([*arguments, "--asking", "1", "--resamples", "30", "--batch", "32"]) == 0
+    metrics = json.loads((tmp_path / "results.json").read_text())["arms"][0]["metrics"]
+    assert "label/retrieval/map" in metrics
+    assert not [key for key in metrics if "positive" in key]
+
+
 def test_a_projection_is_coloured_by_what_the_tile_set_knows_of_a_slide(root):
     tileset = TileSet.open(root)
     assert compare.colours(tileset, [Task("dark", "dark", 50.0)]) == ["dark", "label", "slide"]
@@ -241,6 +249,7 @@ def test_a_projection_is_coloured_by_the_classes_that_are_asked_for():
         (["--task", "decode", "--decoded", "ihc"], "partners to decode: ['ihc']"),
         (["--task", "saliency", "--truth", "ihc"], "no truth can be had of 'ihc'; the tile set has no picture"),
         (["--baselines", "colours"], "no baseline colours; there are random, colour"),
+        (["--asking", "1"], "--asking goes with --task retrieval"),
         (["--feature", "hee"], "gives no features 'hee'; it gives he"),
         (["--tileset", "nowhere"], "nowhere"),
     ],
