@@ -148,6 +148,10 @@ def from_csv(path: Path, say: Callable[[str], None] = lambda line: None) -> list
     return check([_row(row, names, path, line) for line, row in rows], path)
 
 
+def is_label(column: str) -> bool:
+    return column == "label" or column.startswith("label_")
+
+
 def _misspelt(column: str) -> str | None:
     """The column that is probably meant by one that has no meaning as it stands."""
     prefix, _, name = column.partition("_")
@@ -190,7 +194,7 @@ def _row(row: dict[str, str], names: list[str], csv_path: Path, line: int) -> Sl
     he = file("he")
     if he is None:
         raise ValueError(f"{where}: he, the path of the H&E slide, is empty")
-    labels = {c: get(c) for c in row if c == "label" or c.startswith("label_")}
+    labels = {c: get(c) for c in row if is_label(c)}
     cells, regions = file("cells"), file("regions")
     return Slide(get("slide_id"), get("case_id"), he, mpp("mpp_he"), tuple(partners), labels, cells, regions)
 

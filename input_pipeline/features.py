@@ -107,6 +107,8 @@ def read_head(path: str | os.PathLike) -> Head:
 
 def read_bag(path: str | os.PathLike, *, mpp: float | None = None) -> Bag:
     path = Path(path)
+    if mpp is not None and not 0 < mpp < math.inf:
+        raise BagError(f"mpp is um per level-0 px, a number above 0, not {mpp}")
     try:
         with h5py.File(path, "r") as file:
             stamp = "feats" in file
@@ -155,7 +157,8 @@ def _from_um(
     unit = unit.decode() if isinstance(unit, bytes) else unit
     if unit != "um":
         raise BagError(f"{path}: coords are in {unit!r}; STAMP files hold um")
-    scale = number(notes.get("mpp_level0")) if mpp is None else mpp
+    scale = number(notes.get("mpp_level0"))  # that by which px became um: no other makes px of them again
+    scale = scale if scale > 0 else mpp or math.nan
     if not scale > 0:
         return coords, math.nan, notes, "um"
     return coords / scale, side_um(notes) / scale, notes, "px"

@@ -139,7 +139,7 @@ def _slides(
             case = case or heads[name].case_id
         except BagError as error:
             failed[name] = str(error)
-        labels = {c: value for c, value in row.items() if c == "label" or c.startswith("label_")}
+        labels = {c: value for c, value in row.items() if cohort.is_label(c)}
         case = case or before.get(name, {}).get("case") or cohort.case_of(name)
         slides.append(cohort.Slide(name, case, root / f"{name}.h5", labels=labels))
     return cohort.check(slides, root), heads

@@ -79,6 +79,8 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
         return he
 
     def backdrop(slide: str) -> "Backdrop | None":
+        if tiles.spec.he_kind == "grid":  # colours of features are not those of another picture of them
+            return None
         rows = np.flatnonzero(columns["slide"].astype(str) == slide)
         corners, side = places(columns, rows)
         return maps.of_tiles(corners, side, lambda some: pictures(rows[np.asarray(some)].tolist()))
@@ -105,7 +107,7 @@ def columns_of(found: "Embedded", tiles: "TileSet") -> dict[str, np.ndarray]:
 
 def of_folder(folder: Path, slides: Path | None = None, *, mpp: float | None = None) -> Corpus:
     """Files of features by slide, as `mfl extract` and its peers write them; `slides` is a cohort (CSV or folder) whose
-    slides the pictures are read from; `mpp` is um per level-0 px, for STAMP's files, whose places are um. Where a file
+    slides the pictures are read from; `mpp` is um per level-0 px, where a file does not say (STAMP's). Where a file
     names no slide, its own name is that; where it names no case, the cohort does, or else TCGA's patient, or else the
     slide is its own case.
     """
@@ -124,7 +126,7 @@ def of_folder(folder: Path, slides: Path | None = None, *, mpp: float | None = N
         bag = read_bag(path, mpp=mpp)
         of_file, coords = bag.features, bag.coords
         slide, case, scale = _said(path)
-        scale = mpp if mpp is not None and not math.isfinite(scale) else scale
+        scale = scale if scale > 0 or mpp is None else mpp
         side = side_um(bag.notes) if bag.unit == "um" else bag.side
         case = case or (known[slide].case_id if slide in known else case_of(slide))
         size = len(of_file)
@@ -147,7 +149,7 @@ def of_folder(folder: Path, slides: Path | None = None, *, mpp: float | None = N
 
     def backdrop(slide: str) -> "Backdrop | None":
         in_um = "unit" in columns and "um" in columns["unit"][columns["slide"] == slide]
-        return maps.of_slide(files[slide], "um" if in_um else "px") if slide in files else None
+        return maps.of_slide(files[slide], known[slide].mpp, "um" if in_um else "px") if slide in files else None
 
     every = np.concatenate([features[i] for i in kept])
     return Corpus(every, columns, _of_slides(columns, files), {}, trained_cases(root), backdrop)

@@ -9,7 +9,7 @@ import numpy as np
 from mfl_jax import findings
 from mfl_jax.evaluators import batch_effect, clusters, retrieval
 from mfl_jax.evaluators.results import Result, mean_score
-from mfl_jax.evaluators.tasks import Task
+from mfl_jax.evaluators.tasks import Task, split_rows
 from mfl_jax.findings import TITLES, ArmRuns, Asked, Found
 
 RETRIEVED = ("map", "recall_1", "recall_5", "recall_10", "ndcg")
@@ -39,8 +39,12 @@ def retrieved(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
 
 
 def clustered(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
-    prefix, chances, classes = f"{task.name}/clusters", {}, 0
+    prefix, chances = f"{task.name}/clusters", {}
     results: dict[str, list[Result]] = {}
+    tested = int(split_rows(asked.columns, asked.splits, task.read(asked.columns)[1])["test"].sum())
+    if tested < clusters.K:
+        found.notes[f"no clusters of {task.name}: {tested} test tiles have a class, for {clusters.K} clusters"] = None
+        return
     for arm in arms:
         asked.say(f"kinds of tile, {task.name}: {arm.title}")
         given = (asked.columns, asked.splits, task)
@@ -48,16 +52,19 @@ def clustered(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
         for number, one in enumerate(each):
             found.seeds[arm.name][number] |= {f"{prefix}/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
             findings.note(found, arm, prefix, one.notes)
-        chances, classes = each[0].chance, each[0].tables.shape[2]
+        chances = each[0].chance
         findings.add(found, arm, prefix, clusters.over_seeds(each, **asked.drawn()), ())
         results[arm.name] = [clusters.as_result(one) for one in each]
     rows = []
-    for name in clusters.MEASURES:
+    for name in ("named", *clusters.MEASURES):
         chance = {"chance": chances[name]} if name in chances else {}
         rows.append({"key": f"{prefix}/{name}", "title": TITLES[name]} | chance)
-    what = f"k-means of the tiles, k = {clusters.K}, told nothing, beside what they are."
+    what = (
+        f"k-means of the test tiles, k = {clusters.K}, told nothing, beside what they are. Named right: tiles whose "
+        "class is the commonest of their cluster in the other cases."
+    )
     found.tasks.append({"name": prefix, "title": f"{task.name}, as clusters", "what": what, "metrics": rows})
-    findings.differences(results, "nmi", prefix, asked.pairs, asked, found, clusters.nmi_of(classes))
+    findings.differences(results, "named", prefix, asked.pairs, asked, found, clusters.share)
 
 
 def ratios(arms: Sequence[ArmRuns], asked: Asked, limits: tuple[float, float], found: Found) -> None:

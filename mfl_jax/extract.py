@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from input_pipeline.cohort import is_label
 from input_pipeline.cores import available_cores
 from input_pipeline.features import number
 from input_pipeline.files import only_one
@@ -81,7 +82,7 @@ def extract(
             if job.state == "failed":
                 job.set_aside()
         report.rows = [job.row() for job in jobs]
-        for line in _write_tables(place, report.rows, jobs):
+        for line in _write_tables(place, report.rows):
             say(line)
         store.write_encoder(place, encoder.cases)
     return report
@@ -95,18 +96,17 @@ def usual_batch(size: int) -> int:
     return max(8, 4 * jax.device_count()) if size >= 128 else max(64, 32 * jax.device_count())
 
 
-def _write_tables(place: Layout, rows: list[dict[str, Any]], jobs: Sequence["_Job"]) -> tuple[str, ...]:
+def _write_tables(place: Layout, rows: list[dict[str, Any]]) -> tuple[str, ...]:
     """Of all slides in the folder: those of this call, and those of earlier ones that lie there still; what is to be
     said of them comes back."""
-    beside, labels = store.slides_beside(place, rows), store.labels_before(place)
-    write_status_table(place.out / "status.csv", [*rows, *beside])
-    whole = [
-        {n: getattr(job.entry, n) for n in ("slide_id", "case_id", "labels")} for job in jobs if job.state != "failed"
+    every = [*rows, *store.slides_beside(place, rows)]
+    labels = dict.fromkeys(name for row in every for name, value in row.items() if is_label(name) and value)
+    every = [
+        {name: row[name] for name in row if not is_label(name)} | {name: row.get(name, "") for name in labels}
+        for row in every
     ]
-    kept = [
-        {n: row[n] for n in ("slide_id", "case_id")} | {"labels": labels.get(row["slide_id"], {})} for row in beside
-    ]
-    return store.write_tables(place, [*whole, *kept])
+    write_status_table(place.out / "status.csv", every)
+    return store.write_tables(place, [row for row in every if row["state"] != "failed"])
 
 
 def _account(ledger: Ledger, bar: Any, say: Callable[[str], None]) -> Callable[["_Job"], None]:
@@ -279,4 +279,4 @@ class _Job:
         file = self.files["features"].relative_to(self.place.out).as_posix() if whole else ""
         about: dict[str, Any] = {"slide_id": self.entry.slide_id, "case_id": self.entry.case_id, "state": self.state}
         about |= {"tiles": self.count if whole else "", "mpp": self.mpp, "mpp_source": self.mpp_source}
-        return about | {"file": file, "reason": self.reason}
+        return about | {"file": file, "reason": self.reason} | dict(self.entry.labels)

@@ -27,9 +27,10 @@ TITLES = {
     "recall_5": "Recall@5",
     "recall_10": "Recall@10",
     "ndcg": "nDCG",
+    "named": "Named right",
     "purity": "Purity",
-    "nmi": "Mutual information",
-    "ari": "Rand index",
+    "nmi": "Normalised mutual information",
+    "ari": "Adjusted Rand index",
     "addr_global": "Far/near, all pairs",
     "addr_local": "Far/near, slide by slide",
 }

@@ -157,17 +157,26 @@ class _Slide:
 def of_tile_set(folder: Path) -> Source:
     tileset = TileSet.open(folder)
     spec = tileset.spec
-    names, of_tiles = spec.label_names, tileset.tiles["label"]
+    classes = dict(spec.params.get("classes") or {}) | {"label": spec.label_names}
     entries = []
     for i, about in enumerate(tileset.manifest["slides"]):
         first, stop = int(tileset.first_row[i]), int(tileset.first_row[i + 1])
-        codes = np.unique(of_tiles[first:stop])
-        code = int(codes[0]) if len(codes) == 1 else -1  # labels of tiles that differ are none of the slide
-        labels = {"label": names[code]} if 0 <= code < len(names) else {}
+        columns = {name: tileset.tiles[name][first:stop] for name in tileset.tiles if cohort.is_label(name)}
+        labels = {name: _label(values, classes.get(name, ())) for name, values in columns.items()}
         signature = f"{spec.sha256} {about['digest']}"
         start = partial(_Packed, tileset, about, first, stop)
         entries.append(Entry(about["slide"], about["case"], labels, signature, start))
     return Source(tuple(entries), spec.size, spec.mpp, _overlap(tileset), spec.he_kind, spec.he_channels)
+
+
+def _label(values: np.ndarray, names: Sequence[str]) -> str:
+    """Of a slide: that of its tiles; '' where they differ or have none."""
+    found = np.unique(values)
+    if len(found) != 1 or not np.isfinite(found[0]):
+        return ""
+    if not names:
+        return "" if found[0] < 0 else f"{found[0]:g}"
+    return names[int(found[0])] if 0 <= found[0] < len(names) else ""
 
 
 def _overlap(tileset: TileSet) -> int:

@@ -3,7 +3,7 @@
     ours      OUT/<slide>.h5                           features, coords
     clam      OUT/h5_files/<slide>.h5, OUT/pt_files/<slide>.pt, OUT/patches/<slide>.h5, OUT/dataset.csv
     trident   OUT/<mag>x_<px>px_<overlap>px_overlap/features_<encoder>/<slide>.h5, and .../patches/<slide>_patches.h5
-    stamp     OUT/<slide>.h5                           feats (float16), coords in um; OUT/slides.csv, OUT/clini.csv
+    stamp     OUT/<slide>.h5                           feats (float16), coords in um; OUT/slides.csv, OUT/patients.csv
 
 A slide's file has its name when it is whole and never before. In every layout it carries our attributes, which others
 ignore: where the scale comes from, the encoder, and a hash of all that decides what is in it, by which a rerun knows
@@ -24,6 +24,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from input_pipeline.cohort import is_label
 from input_pipeline.features import ENCODER
 from input_pipeline.files import read_json, write_json
 from input_pipeline.table import read_rows
@@ -214,19 +215,6 @@ def slides_beside(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> list[dic
     return kept
 
 
-def labels_before(layout: Layout) -> dict[str, dict[str, str]]:
-    """{slide_id: {column: label}} of the tables that lie there."""
-    table, clini = layout.out / "dataset.csv", layout.out / "clini.csv"
-    if layout.name == "clam" and table.is_file():
-        rows = [row for _, row in read_rows(table, ("slide_id", "case_id"))[1]]
-        return {row.pop("slide_id"): {name: row[name] for name in row if name != "case_id"} for row in rows}
-    if layout.name == "stamp" and clini.is_file():
-        known = {row.pop("PATIENT"): row for _, row in read_rows(clini, ("PATIENT",))[1]}
-        rows = [row for _, row in read_rows(layout.out / "slides.csv", ("PATIENT", "FILENAME"))[1]]
-        return {row["FILENAME"].removesuffix(".h5"): known.get(row["PATIENT"], {}) for row in rows}
-    return {}
-
-
 def write_encoder(layout: Layout, cases: Sequence[str] | None) -> None:
     """encoder.json: which encoder made the features of this folder, and the cases that it was trained on."""
     about: dict[str, Any] = {"encoder": layout.encoder, "encoder_sha256": layout.sha256}
@@ -259,38 +247,31 @@ def _check_same(path: Path, about: Mapping[str, Any], folder: Path) -> None:
 
 def write_tables(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """What CLAM and STAMP want beside the features: which slide is of which case, and the labels, STAMP's by patient;
-    rows of slide_id, case_id, labels. What is to be said of them comes back.
+    rows of the status table. What is to be said of them comes back.
 
     Verbatim, unlike our own tables: they look for files by these names, and would take a guard for a part of them.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row["labels"]))
+    labels = [name for name in rows[0] if is_label(name)] if rows else []
     if rows and layout.name == "clam":
-        columns = ["label", *(name for name in columns if name != "label")]
-        named = [{"case_id": r["case_id"], "slide_id": r["slide_id"]} for r in rows]
-        labelled = [of | {n: r["labels"].get(n, "") for n in columns} for of, r in zip(named, rows, strict=True)]
-        write_table(layout.out / "dataset.csv", labelled)
+        columns = ["case_id", "slide_id", "label", *(name for name in labels if name != "label")]
+        write_table(layout.out / "dataset.csv", [{name: row.get(name, "") for name in columns} for row in rows])
     if rows and layout.name == "stamp":
-        write_table(
-            layout.out / "slides.csv", [{"PATIENT": r["case_id"], "FILENAME": f"{r['slide_id']}.h5"} for r in rows]
-        )
-        if columns:
-            return _write_patients(layout.out / "clini.csv", rows, columns)
+        slides = [{"PATIENT": row["case_id"], "FILENAME": f"{row['slide_id']}.h5"} for row in rows]
+        write_table(layout.out / "slides.csv", slides)
+        return _write_patients(layout.out / "patients.csv", rows, labels)
     return ()
 
 
-def _write_patients(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[str, ...]:
-    """A patient has the label that all of its slides have; none where they differ, which is said."""
+def _write_patients(path: Path, rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> tuple[str, ...]:
+    """A patient has the label of those of its slides that have one; none where they differ, which is said."""
     said: dict[str, dict[str, set[str]]] = {}
     for row in rows:
-        of_case = said.setdefault(row["case_id"], {name: set() for name in columns})
-        for name in columns:
-            of_case[name].add(row["labels"].get(name, ""))
-    labelled = [
-        {"PATIENT": case} | {name: next(iter(of[name])) if len(of[name]) == 1 else "" for name in columns}
-        for case, of in said.items()
-    ]
-    write_table(path, labelled)
-    differ = {name: [case for case, of in said.items() if len(of[name]) > 1] for name in columns}
+        of_case = said.setdefault(row["case_id"], {name: set() for name in labels})
+        for name in labels:
+            of_case[name] |= {row[name]} - {""}
+    one = [{name: next(iter(of[name])) if len(of[name]) == 1 else "" for name in labels} for of in said.values()]
+    write_table(path, [{"PATIENT": case} | of for case, of in zip(said, one, strict=True)])
+    differ = {name: [case for case, of in said.items() if len(of[name]) > 1] for name in labels}
     return tuple(
         f"{path.name}: {name} is left empty for {len(cases)} of {len(said)} patients, whose slides differ in it: "
         f"{', '.join(cases[:3])}"

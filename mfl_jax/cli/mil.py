@@ -39,7 +39,9 @@ def add(commands) -> None:
     command.add_argument("--raw", action="store_true", help="features as they are, not scaled by the tiles trained on")
     command.add_argument("--seed", type=int, default=0, help="of folds, starts and resamples")
     command.add_argument("--maps", type=int, default=6, help="slides whose attention is drawn")
-    command.add_argument("--mpp", type=float, help="um per level-0 px, for STAMP's files, whose coordinates are um")
+    command.add_argument(
+        "--mpp", type=float, help="um per level-0 px, where files do not say (STAMP's, whose coordinates are um)"
+    )
     command.add_argument("--origin", choices=("image", "bounds"), default="image", help="what GeoJSON counts from")
     command.add_argument(
         "--pretrained",

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from mfl_jax.corpus import Corpus
 
 
+ONLY_FEATURES = "--slides and --mpp go with --features: a tile set has its pictures and places"
+
+
 def add(commands) -> None:
     for add in (_add_search, _add_clusters, _add_prototypes, _add_attention):
         add(commands)
@@ -28,7 +31,7 @@ def _add_corpus(command: argparse.ArgumentParser) -> None:
     command.add_argument("--features", type=Path, help="in place of both: a folder of .h5 files, as mfl extract writes")
     command.add_argument("--slides", type=Path, help="with --features: the cohort of pictures, and of unnamed cases")
     command.add_argument(
-        "--mpp", type=float, help="with --features: um per level-0 px, for STAMP's, whose places are um"
+        "--mpp", type=float, help="with --features: um per level-0 px, where a file does not say (STAMP's)"
     )
     command.add_argument("--batch", type=int, default=256)
 
@@ -41,7 +44,7 @@ def _corpus(options: argparse.Namespace):
             raise ValueError("--features takes the place of --run, --tileset, --split and --feature")
         return corpus.of_folder(options.features, options.slides, mpp=options.mpp)
     if options.slides or options.mpp is not None:
-        raise ValueError("--slides and --mpp go with --features: a tile set has its pictures and places")
+        raise ValueError(ONLY_FEATURES)
     if not (options.workdir and options.tileset):
         raise ValueError("give --run and --tileset, or --features")
     say(f"embedding {options.tileset} with {options.workdir}")
@@ -121,6 +124,8 @@ def _across_modalities(options: argparse.Namespace) -> int:
 
     if options.features or not (options.workdir and options.tileset) or options.feature:
         raise ValueError("--partner goes with --run and --tileset, and takes the projections of training")
+    if options.slides or options.mpp is not None:
+        raise ValueError(ONLY_FEATURES)
     asked = options.tile is not None or options.slide is not None
     if asked:
         _check_query(options)

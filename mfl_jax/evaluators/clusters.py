@@ -9,7 +9,7 @@ import numpy as np
 
 from mfl_jax import topk
 from mfl_jax.evaluators.probe import check_features
-from mfl_jax.evaluators.results import Result, floats, over_cases
+from mfl_jax.evaluators.results import Result, floats, leaving_out, over_cases
 from mfl_jax.evaluators.tasks import Task, check_overlap, split_rows
 from mfl_jax.kmeans import kmeans
 from mfl_jax.statistics import Interval, Metric
@@ -44,12 +44,13 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Agreement:
-    """purity: share of tiles that are of the commonest class of their cluster; nmi: mutual information over the mean
-    entropy; ari: Rand index corrected for chance."""
+    """named: share of tiles whose class is the commonest of their cluster in the other cases, by which arms are
+    compared; purity: the same with the own case among them; nmi: mutual information over the mean entropy; ari: Rand
+    index corrected for chance. Of the last three intervals are by leaving out a case at a time."""
 
     task: str
     metrics: dict[str, Interval]
-    chance: dict[str, float]  # of purity: all tiles in one cluster
+    chance: dict[str, float]  # of named and purity: all tiles in one cluster
     tables: np.ndarray  # int64 [cases, k, classes] tiles
     cases: np.ndarray  # their names, sorted
     mode: str = "inductive"
@@ -108,13 +109,13 @@ def agreement(
     seed: int = 0,
 ) -> Agreement:
     """Of k clusters and classes (both from 0), with intervals over cases, whose tiles keep their clusters."""
-    shape = (k, int(target.max()) + 1)
     names, code = np.unique(np.asarray(cases), return_inverse=True)
-    tables = np.zeros((len(names), *shape), np.int64)
+    tables = np.zeros((len(names), k, int(target.max()) + 1), np.int64)
     np.add.at(tables, (code, assignment, target), 1)
     found = _intervals([tables], names, resamples, seed)
-    notes = tuple(f"{name} has no value: there is one class only" for name in MEASURES if name not in found)
-    chance = {"purity": float(tables.sum((0, 1)).max() / tables.sum()), "ari": 0.0}
+    notes = tuple(f"{name} has no value: {why}" for name, why in WHY_NONE.items() if name not in found)
+    commonest = float(tables.sum((0, 1)).max() / tables.sum())
+    chance = {"named": commonest, "purity": commonest, "ari": 0.0}
     return Agreement(task, found, chance, tables, names, notes=notes)
 
 
@@ -124,31 +125,32 @@ def over_seeds(results: Sequence[Agreement], *, seed: int = 0, resamples: int = 
 
 
 def _intervals(tables: Sequence[np.ndarray], cases: np.ndarray, resamples: int, seed: int) -> dict[str, Interval]:
-    """Of those measures that have a value."""
+    """Of those measures that have a value. Which tiles are named right is settled before cases are drawn; the others
+    are of whole tables, and a case that is drawn twice would agree with itself."""
+    found: dict[str, Interval] = {}
+    if len(cases) > 1:
+        hits = np.mean([named(one) for one in tables], 0)
+        found["named"] = over_cases(share, hits, cases, resamples=resamples, seed=seed)
     flat = np.concatenate([one.reshape(len(cases), -1) for one in tables], 1).astype(np.float64)
 
     def of(measure: str) -> Metric:
         def mean(_: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-            each = np.split(weights @ rows, len(tables), axis=1)
+            each = np.split(weights @ rows, np.cumsum([one[0].size for one in tables])[:-1], axis=1)
             shapes = [one.shape[1:] for one in tables]
             return np.mean([MEASURES[measure](t.reshape(-1, *s)) for t, s in zip(each, shapes, strict=True)], 0)
 
         return mean
 
-    found = {name: over_cases(of(name), flat, cases, resamples=resamples, seed=seed) for name in MEASURES}
+    found |= {name: leaving_out(of(name), flat, cases, least=LEAST[name]) for name in MEASURES}
     return {name: interval for name, interval in found.items() if np.isfinite(interval.value)}
 
 
 def as_result(found: Agreement) -> Result:
-    """A row a case, for comparisons of arms by results.compare with `nmi_of(its classes)`."""
+    """A row a case, for comparisons of arms by results.compare with `share`."""
     rows = np.arange(len(found.cases))
-    scores = found.tables.reshape(len(rows), -1).astype(np.float64)
-    return Result(found.task, found.metrics, scores, np.zeros(len(rows)), found.cases, rows, {}, found.mode)
-
-
-def nmi_of(classes: int) -> Metric:
-    """Of rows that are tables of cases, [cases, k * classes]."""
-    return lambda _, rows, weights: nmi((weights @ rows).reshape(len(weights), -1, classes))
+    return Result(
+        found.task, found.metrics, named(found.tables), np.zeros(len(rows)), found.cases, rows, {}, found.mode
+    )
 
 
 def evaluate(
@@ -178,6 +180,20 @@ def evaluate(
     return replace(result, mode=mode, notes=seen + found.notes + result.notes)
 
 
+def named(tables: np.ndarray) -> np.ndarray:
+    """Of tables [cases, k, classes]: float64 [cases, 2], tiles whose class is the commonest of their cluster in the
+    other cases, and tiles. A cluster that no other case has is of no class."""
+    others = tables.sum(0) - tables
+    name, known = others.argmax(2), others.sum(2) > 0
+    right = np.take_along_axis(tables, name[..., None], 2)[..., 0] * known
+    return np.stack([right.sum(1), tables.sum((1, 2))], 1).astype(np.float64)
+
+
+def share(_: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    right, every = (weights @ rows).T
+    return _over(right, every)
+
+
 def purity(table: np.ndarray) -> np.ndarray:
     """Of tables [R, clusters, classes] of counts, as the two below."""
     return _over(table.max(2).sum(1), table.sum((1, 2)))
@@ -197,6 +213,8 @@ def ari(table: np.ndarray) -> np.ndarray:
 
 
 MEASURES = {"purity": purity, "nmi": nmi, "ari": ari}
+LEAST = {"purity": 0.0, "nmi": 0.0, "ari": -1.0}
+WHY_NONE = {"named": "there is one case only"} | dict.fromkeys(("nmi", "ari"), "there is one class only")
 
 
 def _entropy(share: np.ndarray) -> np.ndarray:

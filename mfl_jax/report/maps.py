@@ -38,13 +38,14 @@ class Backdrop:
     scale: float
 
 
-def of_slide(path: Path, unit: str = "px") -> Backdrop | None:
-    """From the slide's file, for places in level-0 px or, with unit='um', in um: None where px of the file have no
-    known size then."""
-    with open_slide(path) as slide:
+def of_slide(path: Path, mpp: float | None = None, unit: str = "px") -> Backdrop | None:
+    """From the slide's file, for places in level-0 px or, with unit='um', in um: None where um per px are not known
+    then, neither by the file nor as `mpp`."""
+    with open_slide(path, mpp=mpp) as slide:
         size = 1.0 if unit == "px" else slide.mpp
         image = slide.thumbnail(LONGEST)[..., :3]
-        return None if size is None else Backdrop(image, (0.0, 0.0), image.shape[1] / (slide.width * size))
+        longest = max(slide.width, slide.height)
+        return None if size is None else Backdrop(image, (0.0, 0.0), max(image.shape[:2]) / (longest * size))
 
 
 def of_tiles(corners: np.ndarray, side: float, pictures: Callable[[Sequence[int]], list]) -> Backdrop:

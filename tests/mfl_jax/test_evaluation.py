@@ -216,16 +216,29 @@ def test_clusters_are_those_of_their_evaluator_and_compared_pair_by_pair(made):
     means = {}
     for arm, row in zip(given, found["arms"], strict=True):
         each = [clusters.evaluate(s.features, made["columns"], made["splits"], TASK, resamples=0) for s in arm.seeds]
-        for name in clusters.MEASURES:
+        for name in ("named", *clusters.MEASURES):
             key, values = f"label/clusters/{name}", [one.metrics[name].value for one in each]
             assert [seed["metrics"][key] for seed in row["seeds"]] == values
             interval = row["metrics"][key]
             assert interval["mean"] == pytest.approx(np.mean(values), abs=1e-12)
             assert interval["low"] <= interval["mean"] <= interval["high"]
-        means[arm.name] = row["metrics"]["label/clusters/nmi"]["mean"]
+        means[arm.name] = row["metrics"]["label/clusters/named"]["mean"]
     (d,) = found["differences"]
-    assert (d["metric"], d["difference"]) == ("label/clusters/nmi", pytest.approx(means[d["a"]] - means[d["b"]]))
+    assert (d["metric"], d["difference"]) == ("label/clusters/named", pytest.approx(means[d["a"]] - means[d["b"]]))
     assert d["low"] < d["difference"] < d["high"]
+
+
+def test_few_tiles_and_one_case_are_said_and_stop_nothing(made):
+    first = np.flatnonzero(made["columns"]["case"] == "case08")
+    for kept, note in ((first, "named has no value: there is one case only"), (first[:6], "6 test tiles have a class")):
+        rows = np.concatenate([np.flatnonzero(np.isin(made["columns"]["case"], made["splits"]["train"])), kept])
+        columns = {name: values[rows] for name, values in made["columns"].items()}
+        seeds = [Seed(0, made["features"][rows]), Seed(1, made["features"][rows] ** 3)]
+        given = [ArmRuns(name, name, "ours", (seed,)) for name, seed in zip("ab", seeds, strict=True)]
+        splits = {"train": made["splits"]["train"], "test": ["case08"]}
+        found = assemble(given, columns, splits, [TASK], kinds=("clusters",), **OPTIONS)
+        assert found["differences"] == []
+        assert any(note in text for text in found["reliability"])
 
 
 def test_retrieval_and_distances_are_those_of_their_evaluators(made):

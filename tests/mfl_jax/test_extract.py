@@ -80,13 +80,33 @@ def test_tables_list_every_slide_of_the_folder_whichever_call_it_is_of(tmp_path,
         assert found == {"a", "=b", "c"}
         assert len(rows) == 3
         if layout == "stamp":
-            with open(tmp_path / "clini.csv", newline="") as file:
+            with open(tmp_path / "patients.csv", newline="") as file:
                 rows = list(csv.DictReader(file))
             assert {row["PATIENT"] for row in rows} == {"case of a", "case of =b", "case of c"}
         assert [row["label"] for row in rows] == ["yes"] * 3
     next(tmp_path.rglob("c.h5")).unlink()
     run(tmp_path, source({"a": 3}), layout=layout)
     assert "c" not in states(tmp_path)
+
+
+def test_labels_of_slides_that_are_not_asked_for_now_are_remembered_and_those_that_are_renewed(tmp_path):
+    def asked(**labels):
+        drawn = source(dict.fromkeys(labels, 2))
+        of = [dataclasses.replace(entry, case_id="p", labels=labels[entry.slide_id]) for entry in drawn.entries]
+        return dataclasses.replace(drawn, entries=tuple(of))
+
+    def patients():
+        with open(tmp_path / "patients.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    run(tmp_path, asked(a={"label": "yes"}, b={"label": "no", "label_grade": "2"}), layout="stamp")
+    assert patients() == [{"PATIENT": "p", "label": "", "label_grade": "2"}]
+    run(tmp_path, asked(b={"label": "yes"}), layout="stamp")
+    assert patients() == [{"PATIENT": "p", "label": "yes"}]
+    run(tmp_path, asked(b={"label": "no"}), layout="stamp")
+    assert patients() == [{"PATIENT": "p", "label": ""}]
+    run(tmp_path, asked(a={}, b={}), layout="stamp")
+    assert patients() == [{"PATIENT": "p"}]
 
 
 def test_a_folder_knows_the_cases_that_its_encoder_was_trained_on(tmp_path):

@@ -126,13 +126,16 @@ def test_told_to_stop_while_it_compiles_it_exits_well(tmp_path):
 
 
 def test_killed_at_any_instant_the_same_command_goes_on(uninterrupted, tmp_path):
-    """Half of them while it starts, restores or compiles, half while it trains and saves."""
-    draw = random.Random(0)
+    """Half of them while it trains and saves, half while it starts, restores or compiles, which takes what the first
+    takes."""
+    draw, start_up = random.Random(0), 0.0
     for kill in range(KILLS):
+        began = time.time()
         with running(tmp_path, 1) as processes:
-            if kill % 2:
+            if kill % 2 == 0:
                 reached(tmp_path, lines(tmp_path) + draw.randint(1, 4))
-            time.sleep(draw.uniform(0, 0.2 if kill % 2 else 4))
+                start_up = start_up or time.time() - began
+            time.sleep(draw.uniform(0, start_up if kill % 2 else 0.2))
             assert processes[0].poll() is None, "it ended before it could be killed"
         if (tmp_path / "metrics.jsonl").exists():
             metrics.read(tmp_path / "metrics.jsonl")

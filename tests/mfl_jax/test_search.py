@@ -201,8 +201,20 @@ def test_a_map_over_a_slide_is_the_slide_and_beside_it_the_colours_over_it(tmp_p
     mixed = (0.45 * 100 + 0.55 * np.array(COLOURS[1])).round()
     assert at(15, 15) == at(45, 15) == at(right + 45, 15) == at(right + 5, 5) == [100] * 3
     assert np.abs(np.array(at(right + 15, 15)) - mixed).max() <= 1
-    in_um = class_map(corners / 2, 5.0, np.array([1, -1]), ["x", "y"], under=maps.of_slide(tmp_path / "a.tif", "um"))
+    assert maps.of_slide(tmp_path / "a.tif", 0.25, "um").scale == pytest.approx(4)
+    in_um = class_map(
+        corners / 2, 5.0, np.array([1, -1]), ["x", "y"], under=maps.of_slide(tmp_path / "a.tif", unit="um")
+    )
     np.testing.assert_array_equal(in_um, drawn)
+
+
+def test_of_a_long_slide_places_are_by_its_long_side(tmp_path):
+    image = np.full((2100, 63, 3), 200, np.uint8)
+    image[2000:2010] = 0
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb")
+    under = maps.of_slide(tmp_path / "a.tif")
+    dark = np.flatnonzero(under.image[:, 5, 0] < 120)
+    assert abs(dark.mean() - 2005 * under.scale) < 2
 
 
 def test_tiles_make_a_picture_of_their_slide(tmp_path):
@@ -332,6 +344,8 @@ def test_a_case_that_no_file_names_is_the_cohorts_or_tcgas(tmp_path):
         (["search", "--tile", "3"], "give --run and --tileset, or --features"),
         (["search", "--features", "no", "--run", "no", "--tile", "3"], "--features takes the place of --run"),
         (["search", "--run", "no", "--tileset", "no", "--tile", "3", "--mpp", "1"], "--slides and --mpp go with"),
+        (["search", "--run", "n", "--tileset", "n", "--partner", "if", "--mpp", "1"], "--slides and --mpp go with"),
+        (["search", "--features", "{}", "--tile", "3", "--mpp", "0"], "mpp is um per level-0 px, a number above 0"),
         (["search", "--features", "no", "--slide", "s"], "the query is --tile, or --slide with --x and --y"),
         (
             ["search", "--features", "no", "--tile", "0", "--slide", "s", "--x", "0", "--y", "0"],

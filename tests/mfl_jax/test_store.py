@@ -134,30 +134,28 @@ def test_stamp_reads_micrometres(written):
 )
 def test_tables_of_others_name_slides_as_their_files_are_named(name, table, row, tmp_path):
     place = Layout(name, tmp_path, store.DTYPES[name][0], "toy", "a" * 64)
-    store.write_tables(place, [{"case_id": "=c", "slide_id": "-x", "labels": {"label": "+"}}])
+    store.write_tables(place, [{"case_id": "=c", "slide_id": "-x", "label": "+"}])
     with open(tmp_path / table, newline="") as file:
         assert list(csv.reader(file))[1:] == [row]
-    assert store.labels_before(place) == {"-x": {"label": "+"}}
 
 
 def test_stamp_has_the_labels_by_patient_and_none_where_slides_of_one_differ(tmp_path):
     place = Layout("stamp", tmp_path, "float16", "toy", "a" * 64)
-    labels = [("p", "yes", "1"), ("p", "yes", "2"), ("q", "no", "2"), ("r", "", "1")]
+    labels = [("p", "yes", "1"), ("p", "", "2"), ("q", "no", "2"), ("r", "", "1")]
     rows = [
-        {"case_id": case, "slide_id": f"s{i}", "labels": {"label": first, "label_grade": second}}
+        {"case_id": case, "slide_id": f"s{i}", "label": first, "label_grade": second}
         for i, (case, first, second) in enumerate(labels)
     ]
     said = store.write_tables(place, rows)
-    with open(tmp_path / "clini.csv", newline="") as file:
+    with open(tmp_path / "patients.csv", newline="") as file:
         found = list(csv.reader(file))
     assert found == [["PATIENT", "label", "label_grade"], ["p", "yes", ""], ["q", "no", "2"], ["r", "", "1"]]
-    assert said == ("clini.csv: label_grade is left empty for 1 of 3 patients, whose slides differ in it: p",)
-    assert store.labels_before(place)["s2"] == {"label": "no", "label_grade": "2"}
+    assert said == ("patients.csv: label_grade is left empty for 1 of 3 patients, whose slides differ in it: p",)
 
 
 def test_clam_has_every_column_of_labels(tmp_path):
     place = Layout("clam", tmp_path, "float32", "toy", "a" * 64)
-    store.write_tables(place, [{"case_id": "p", "slide_id": "s", "labels": {"label_grade": "2"}}])
+    store.write_tables(place, [{"case_id": "p", "slide_id": "s", "label_grade": "2"}])
     with open(tmp_path / "dataset.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{"case_id": "p", "slide_id": "s", "label": "", "label_grade": "2"}]
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mfl_jax.evaluators import Task, clusters
+from mfl_jax.evaluators.results import compare
 from tests.mfl_jax.evaluators.cohort import cohort
 
 
@@ -39,6 +40,38 @@ def test_measures_are_those_of_their_definitions():
         assert result.metrics[name].low < value < result.metrics[name].high
     assert result.chance["purity"] == np.bincount(classes).max() / 60
     assert result.table.sum() == 60
+
+
+def test_a_tile_is_named_right_by_the_other_cases():
+    a, b, c = [[3, 0], [0, 2], [0, 0]], [[0, 1], [0, 4], [2, 0]], [[1, 0], [1, 0], [0, 0]]
+    tables = np.array([a, b, c])
+    # cluster 0 is of class 0 by b and c (a tie, the lower), 0 by a and c, 0 by a and b; cluster 1 of 1, 1, 1; cluster 2
+    # is of class 0 by b alone, which has no other case to name it
+    assert clusters.named(tables).tolist() == [[5, 5], [4, 7], [1, 2]]
+    rows, weights = clusters.named(tables), np.array([[1.0, 1, 1], [2, 0, 1]])
+    np.testing.assert_allclose(clusters.share(np.zeros(3), rows, weights), [10 / 14, 11 / 12])
+
+
+@pytest.mark.parametrize("draw", range(5))
+def test_clusters_of_nothing_are_not_told_from_one_cluster_and_lie_within_their_intervals(draw):
+    rng = np.random.default_rng(draw)
+    cases, classes = np.repeat(np.arange(24), 30), rng.choice(6, 720, p=[0.45, 0.2, 0.15, 0.1, 0.05, 0.05])
+    given = (classes, cases, 8)
+    noise, one = (clusters.agreement(of, *given) for of in (rng.integers(0, 8, 720), np.zeros(720, int)))
+    for result in (noise, one):
+        for name, interval in result.metrics.items():
+            assert interval.low <= interval.value <= interval.high, name
+    assert noise.metrics["ari"].low < 0 < noise.metrics["ari"].high
+    assert noise.metrics["named"].low <= noise.chance["named"] == one.metrics["named"].value
+    (d,) = compare({"noise": clusters.as_result(noise), "one": clusters.as_result(one)}, clusters.share)
+    assert d.p_holm > 0.05 or d.interval.value < 0
+
+
+def test_of_one_case_nothing_is_named():
+    result = clusters.agreement(np.arange(20) % 3, np.arange(20) % 2, np.zeros(20, int), 3)
+    assert set(result.metrics) == {"purity", "nmi", "ari"}
+    assert np.isnan(result.metrics["purity"].low)
+    assert result.notes == ("named has no value: there is one case only",)
 
 
 def test_weights_are_copies():
@@ -76,7 +109,8 @@ def test_clusters_are_in_the_order_of_their_size_and_found_again():
 def test_what_is_in_the_features_is_in_the_clusters_of_held_out_cases():
     c = cohort(seed=1, dim=2, signal=8.0)
     result = clusters.evaluate(c["features"], c["columns"], c["splits"], Task("t"), k=4, resamples=100)
-    assert result.metrics["purity"].low > 0.75 > result.chance["purity"] + 0.1
+    assert result.metrics["named"].low > 0.75 > result.chance["named"] + 0.1
+    assert 0.7 < result.metrics["purity"].low < result.metrics["purity"].value < result.metrics["purity"].high == 1
     assert result.mode == "inductive"
     noise = np.random.default_rng(0).normal(size=c["features"].shape)
     result = clusters.evaluate(noise, c["columns"], c["splits"], Task("t"), k=4, resamples=100)
