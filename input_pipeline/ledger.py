@@ -32,22 +32,27 @@ class Ledger:
         for stage, spent in self.seconds.most_common():
             rate = f"{self.tiles / spent:>11,.0f}" if spent > 0 else f"{'-':>11}"
             lines.append(f"{stage:<14}{spent:>9.1f}{spent / total:>8.0%}{rate}")
-        limit, longest = self.limit()
+        limit, longest, busy = self.limit()
+        crew = self.crews.get(limit, ("", 1))[0]
+        told = f"{longest / total:.0%} of the work" + (
+            f", {crew} busy {busy / self.wall:.0%} of the time" if crew else ""
+        )
         lines.append(
             f"{self.slides} slides, {self.tiles:,} tiles in {self.wall:.1f} s: {self.tiles / self.wall:,.0f} tiles/s, "
-            f"{60 * self.slides / self.wall:.1f} slides/min. The limit is {limit} ({longest / total:.0%} of the work)."
+            f"{60 * self.slides / self.wall:.1f} slides/min. The limit is {limit} ({told})."
         )
         return "\n".join(lines)
 
-    def limit(self) -> tuple[str, float]:
-        """The stage that took longest; where crews work side by side, the longest of the crew that was busy longest."""
+    def limit(self) -> tuple[str, float, float]:
+        """The stage that took longest, and its seconds; where crews work side by side, the longest of the crew that was
+        busy longest, and for how long each of that crew was."""
         busy: defaultdict[str, float] = defaultdict(float)
         for stage, spent in self.seconds.items():
             crew, hands = self.crews.get(stage, ("", 1))
             busy[crew] += spent / hands
         slowest = max(busy, key=lambda crew: busy[crew])
         of_crew = {s: spent for s, spent in self.seconds.items() if self.crews.get(s, ("", 1))[0] == slowest}
-        return max(of_crew.items(), key=lambda item: item[1])
+        return *max(of_crew.items(), key=lambda item: item[1]), busy[slowest]
 
 
 class Reader(Protocol):

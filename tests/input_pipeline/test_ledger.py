@@ -31,9 +31,11 @@ def test_the_limit_is_a_stage_of_the_crew_that_was_busy_longest():
     """Four readers share 8 s, which is 2 s of the clock; the device was busy for 3 s."""
     ledger = Ledger(crews={"read": ("readers", 4), "decode": ("readers", 4), "compute": ("device", 1)})
     ledger.add({"read": 3.0, "decode": 5.0, "compute": 3.0}, tiles=100)
-    assert ledger.limit() == ("compute", 3.0)
+    assert ledger.limit() == ("compute", 3.0, 3.0)
+    ledger.wall = 4.0
+    assert "The limit is compute (27% of the work, device busy 75% of the time)." in ledger.table()
     ledger.add({"decode": 9.0}, tiles=100)
-    assert ledger.limit() == ("decode", 14.0)
+    assert ledger.limit() == ("decode", 14.0, 17 / 4)
 
 
 def test_the_table_names_the_limit():
