@@ -20,7 +20,8 @@ linen.relu = jax.nn.gelu
 shift = 1.0 if "simsiam" in sys.argv[2] else 0.0
 def curve(count, **more):
     config = synthetic.tiny(*sys.argv[1:3], total__steps=20, **more)
-    config.optim.name, config.optim.lr = "sgd", 2e-3 if "trident" in sys.argv[1] else 1e-2
+    short = "trident" in sys.argv[1] or "barlow" in sys.argv[2]
+    config.optim.name, config.optim.lr = "sgd", 2e-3 if short else 1e-2
     facts = synthetic.facts(config.data)
     devices, make, usual = jax.devices()[:count], sharding.make_mesh, sharding.mesh_for
     train.sharding.mesh_for = lambda rows, shape: make(shape, devices)
@@ -51,8 +52,8 @@ def on_devices(case: str, cache: Path, *others: str) -> str:
     Activations outside BatchNorm are smooth here. Where an activation lies within rounding of the kink of a ReLU, it
     passes on one device and not on eight: the gradient, which has a jump there, then differs by all that goes through
     it. SimSiam met one at step 7 and a bias went 5e-5 apart; with a smooth function every parameter stays within 2e-7.
-    VICReg's hinge has a kink as well, and a loss of 60: TriDeNT's steps are shorter, or they amplify rounding.
-    SimSiam's loss is minus a cosine, whose terms are not small where it is near 0; compared is 1 - cosine, the half of
+    VICReg's hinge has a kink as well, and a loss of 60, Barlow Twins' one of 17: their steps are shorter, or they
+    amplify rounding. SimSiam's loss is minus a cosine, whose terms are not small where it is near 0; compared is 1 - cosine, the half of
     BYOL's distance.
     """
     name, _, words = case.partition(":")
