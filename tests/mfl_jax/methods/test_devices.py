@@ -53,8 +53,8 @@ def on_devices(case: str, cache: Path, *others: str) -> str:
     passes on one device and not on eight: the gradient, which has a jump there, then differs by all that goes through
     it. SimSiam met one at step 7 and a bias went 5e-5 apart; with a smooth function every parameter stays within 2e-7.
     VICReg's hinge has a kink as well, and a loss of 60, Barlow Twins' one of 17: their steps are shorter, or they
-    amplify rounding. SimSiam's loss is minus a cosine, whose terms are not small where it is near 0; compared is 1 - cosine, the half of
-    BYOL's distance.
+    amplify rounding. SimSiam's loss is minus a cosine, whose terms are not small where it is near 0; compared is
+    1 - cosine, the half of BYOL's distance.
     """
     name, _, words = case.partition(":")
     flags = "--xla_force_host_platform_device_count=8"
