@@ -8,7 +8,7 @@ import numpy as np
 
 from mfl_jax import findings
 from mfl_jax.evaluators import batch_effect, clusters, retrieval
-from mfl_jax.evaluators.results import Result, mean_score
+from mfl_jax.evaluators.results import Result, compare, mean_score
 from mfl_jax.evaluators.tasks import Task, split_rows
 from mfl_jax.findings import TITLES, ArmRuns, Asked, Found
 
@@ -34,13 +34,16 @@ def retrieved(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
         rows.append({"key": f"{prefix}/{name}", "title": TITLES[name]} | chance)
         if any(f"{prefix}/positive_{name}" in found.metrics[arm.name] for arm in arms):
             rows.append({"key": f"{prefix}/positive_{name}", "title": f"{TITLES[name]}, class 1"})
-    found.tasks.append({"name": prefix, "title": f"{task.name}, found in other {asked.across}s", "metrics": rows})
-    findings.differences(results, "map", prefix, asked.pairs, asked, found, mean_score)
+    asking = "" if task.asking is None else f", asked by class {task.asking} alone"
+    title = f"{task.name}, found in other {asked.across}s{asking}"
+    found.tasks.append({"name": prefix, "title": title, "metrics": rows})
+    paired = lambda results, pairs: compare(results, mean_score, pairs, **asked.drawn())  # noqa: E731
+    findings.differences(results, "map", prefix, asked.pairs, asked, found, paired)
 
 
 def clustered(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
     prefix, chances = f"{task.name}/clusters", {}
-    results: dict[str, list[Result]] = {}
+    results: dict[str, list[clusters.Agreement]] = {}
     tested = int(split_rows(asked.columns, asked.splits, task.read(asked.columns)[1])["test"].sum())
     if tested < clusters.K:
         found.notes[f"no clusters of {task.name}: {tested} test tiles have a class, for {clusters.K} clusters"] = None
@@ -53,18 +56,18 @@ def clustered(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
             found.seeds[arm.name][number] |= {f"{prefix}/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
             findings.note(found, arm, prefix, one.notes)
         chances = each[0].chance
-        findings.add(found, arm, prefix, clusters.over_seeds(each, **asked.drawn()), ())
-        results[arm.name] = [clusters.as_result(one) for one in each]
+        findings.add(found, arm, prefix, clusters.over_seeds(each), ())
+        results[arm.name] = each
     rows = []
-    for name in ("named", *clusters.MEASURES):
+    for name in clusters.MEASURES:
         chance = {"chance": chances[name]} if name in chances else {}
         rows.append({"key": f"{prefix}/{name}", "title": TITLES[name]} | chance)
     what = (
-        f"k-means of the test tiles, k = {clusters.K}, told nothing, beside what they are. Named right: tiles whose "
-        "class is the commonest of their cluster in the other cases."
+        f"k-means of the test tiles, k = {clusters.K}, told nothing, beside what they are. Intervals and p values are "
+        "by leaving out a case at a time: in resamples, tiles that are drawn twice would agree with themselves."
     )
     found.tasks.append({"name": prefix, "title": f"{task.name}, as clusters", "what": what, "metrics": rows})
-    findings.differences(results, "named", prefix, asked.pairs, asked, found, clusters.share)
+    findings.differences(results, "ari", prefix, asked.pairs, asked, found, clusters.compare)
 
 
 def ratios(arms: Sequence[ArmRuns], asked: Asked, limits: tuple[float, float], found: Found) -> None:

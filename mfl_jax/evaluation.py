@@ -54,7 +54,12 @@ def check(kinds: Sequence[str], tasks: Sequence[Task], tileset: "TileSet", decod
             )  # fmt: skip
         if task.regression and (wrong := [kind for kind in kinds if kind in CLASSES_ONLY]):
             raise ValueError(f"{', '.join(wrong)} take classes, and {task.name!r} is a regression: give a threshold")
-        split_rows(columns, tileset.splits, task.read(columns)[1])
+        target, known = task.read(columns)
+        tested = target[split_rows(columns, tileset.splits, known)["test"]]
+        if task.asking is not None and task.asking not in tested:
+            raise ValueError(
+                f"class {task.asking} is to ask, and no test tile is of it; there are {set(tested.tolist())}"
+            )
     if not tasks and (wrong := [kind for kind in kinds if kind not in WITHOUT_TASK]):
         raise ValueError(f"{', '.join(wrong)} need a target, a column of the tile set")
     check_overlap(tileset.splits)

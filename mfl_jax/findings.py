@@ -9,7 +9,7 @@ import numpy as np
 
 from mfl_jax.evaluators.results import CLASS_METRICS, Result, class_metrics, compare, value_metrics
 from mfl_jax.evaluators.tasks import Task
-from mfl_jax.statistics import Interval
+from mfl_jax.statistics import Difference, Interval
 
 TITLES = {
     "auc": "AUC",
@@ -27,7 +27,6 @@ TITLES = {
     "recall_5": "Recall@5",
     "recall_10": "Recall@10",
     "ndcg": "nDCG",
-    "named": "Named right",
     "purity": "Purity",
     "nmi": "Normalised mutual information",
     "ari": "Adjusted Rand index",
@@ -111,22 +110,22 @@ def over_seeds(
 
 
 def differences(
-    results: Mapping[str, Sequence[Result]],
+    results: Mapping[str, Sequence[Any]],
     metric: str,
     prefix: str,
     wanted: Sequence[tuple[str, str]] | None,
     asked: Asked,
     found: Found,
-    function: Callable | None = None,
+    how: Callable[..., list[Difference]] | None = None,
 ) -> None:
-    """`function` computes the metric where its name alone does not say how."""
+    """`how` compares (results, pairs), where that is not by resampling a metric that is known by its name."""
     names = list(results)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]] if wanted is None else wanted
     pairs = [pair for pair in pairs if set(pair) <= set(names)]
     if not pairs:
         return
     try:
-        compared = compare(results, function or metric, pairs, **asked.drawn())
+        compared = how(results, pairs) if how else compare(results, metric, pairs, **asked.drawn())
     except ValueError as error:  # one case, or a class that is missing: there is no interval to be had
         found.notes[f"no differences of {prefix}/{metric}: {error}"] = None
         return

@@ -162,21 +162,22 @@ def of_tile_set(folder: Path) -> Source:
     for i, about in enumerate(tileset.manifest["slides"]):
         first, stop = int(tileset.first_row[i]), int(tileset.first_row[i + 1])
         columns = {name: tileset.tiles[name][first:stop] for name in tileset.tiles if cohort.is_label(name)}
-        labels = {name: _label(values, classes.get(name, ())) for name, values in columns.items()}
+        labels = {name: _label(name, values, classes.get(name, ())) for name, values in columns.items()}
         signature = f"{spec.sha256} {about['digest']}"
         start = partial(_Packed, tileset, about, first, stop)
         entries.append(Entry(about["slide"], about["case"], labels, signature, start))
     return Source(tuple(entries), spec.size, spec.mpp, _overlap(tileset), spec.he_kind, spec.he_channels)
 
 
-def _label(values: np.ndarray, names: Sequence[str]) -> str:
-    """Of a slide: that of its tiles; '' where they differ or have none."""
+def _label(column: str, values: np.ndarray, names: Sequence[str]) -> str:
+    """Of a slide: that of its tiles; '' where they differ or have none. A number stays one, unless it stands for a
+    class, as `label` does always."""
     found = np.unique(values)
     if len(found) != 1 or not np.isfinite(found[0]):
         return ""
-    if not names:
-        return "" if found[0] < 0 else f"{found[0]:g}"
-    return names[int(found[0])] if 0 <= found[0] < len(names) else ""
+    if names or column == "label":
+        return names[int(found[0])] if 0 <= found[0] < len(names) else ""
+    return np.format_float_positional(found[0], trim="-")
 
 
 def _overlap(tileset: TileSet) -> int:

@@ -32,7 +32,7 @@ class Sorted:
     notes: tuple[str, ...] = ()  # on the cases that it leaves out
 
 
-def sort(corpus: Corpus, k: int, task: Task | None = None, *, seed: int = 0, resamples: int = 2000) -> Sorted:
+def sort(corpus: Corpus, k: int, task: Task | None = None, *, seed: int = 0) -> Sorted:
     """k clusters of all tiles and, with a task, how far they are its classes: of the tiles whose class is known, in
     cases that the encoder was not trained on."""
     if not 1 < k <= MOST:
@@ -45,7 +45,7 @@ def sort(corpus: Corpus, k: int, task: Task | None = None, *, seed: int = 0, res
     known = known & unseen
     if task and known.any():
         of = (found.assignment[known], target[known], corpus.columns["case"][known], k)
-        agreed = clusters.agreement(*of, task=task.name, resamples=resamples, seed=seed)
+        agreed = clusters.agreement(*of, task=task.name)
         for number, row in enumerate(agreed.table):
             if row.sum():
                 common[number] = f", {row.max() / row.sum():.0%} {_class_name(corpus, task, int(row.argmax()))}"

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mfl_jax import topk
+from mfl_jax import statistics, topk
 from mfl_jax.evaluators.probe import check_features
-from mfl_jax.evaluators.results import Result, floats, leaving_out, over_cases
+from mfl_jax.evaluators.results import floats
 from mfl_jax.evaluators.tasks import Task, check_overlap, split_rows
 from mfl_jax.kmeans import kmeans
-from mfl_jax.statistics import Interval, Metric
+from mfl_jax.statistics import Difference, Interval
 
 K, ITERATIONS, RESTARTS = 8, 50, 8
 MOST = 100_000  # rows that centroids are found from
@@ -44,13 +44,13 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Agreement:
-    """named: share of tiles whose class is the commonest of their cluster in the other cases, by which arms are
-    compared; purity: the same with the own case among them; nmi: mutual information over the mean entropy; ari: Rand
-    index corrected for chance. Of the last three intervals are by leaving out a case at a time."""
+    """ari: Rand index corrected for chance, by which arms are compared; purity: share of tiles that are of the
+    commonest class of their cluster; nmi: mutual information over the mean entropy, above 0 for clusters of nothing.
+    Intervals are by leaving out a case at a time."""
 
     task: str
     metrics: dict[str, Interval]
-    chance: dict[str, float]  # of named and purity: all tiles in one cluster
+    chance: dict[str, float]  # of ari, and of purity: all tiles in one cluster
     tables: np.ndarray  # int64 [cases, k, classes] tiles
     cases: np.ndarray  # their names, sorted
     mode: str = "inductive"
@@ -99,58 +99,48 @@ def assign(unit: np.ndarray, centroids: np.ndarray, block: int = 65536) -> tuple
 
 
 def agreement(
-    assignment: np.ndarray,
-    target: np.ndarray,
-    cases: np.ndarray,
-    k: int,
-    *,
-    task: str = "label",
-    resamples: int = 2000,
-    seed: int = 0,
+    assignment: np.ndarray, target: np.ndarray, cases: np.ndarray, k: int, *, task: str = "label"
 ) -> Agreement:
     """Of k clusters and classes (both from 0), with intervals over cases, whose tiles keep their clusters."""
     names, code = np.unique(np.asarray(cases), return_inverse=True)
     tables = np.zeros((len(names), k, int(target.max()) + 1), np.int64)
     np.add.at(tables, (code, assignment, target), 1)
-    found = _intervals([tables], names, resamples, seed)
-    notes = tuple(f"{name} has no value: {why}" for name, why in WHY_NONE.items() if name not in found)
-    commonest = float(tables.sum((0, 1)).max() / tables.sum())
-    chance = {"named": commonest, "purity": commonest, "ari": 0.0}
+    found = _intervals([tables])
+    notes = tuple(f"{name} has no value: there is one class only" for name in MEASURES if name not in found)
+    table = tables.sum(0)
+    chance = {"ari": 0.0, "purity": float(table.sum(0).max() / table.sum())}
     return Agreement(task, found, chance, tables, names, notes=notes)
 
 
-def over_seeds(results: Sequence[Agreement], *, seed: int = 0, resamples: int = 2000) -> dict[str, Interval]:
+def over_seeds(results: Sequence[Agreement]) -> dict[str, Interval]:
     """Of several seeds whose tiles are the same: the mean over seeds, with an interval over cases."""
-    return _intervals([result.tables for result in results], results[0].cases, resamples, seed)
+    return _intervals([result.tables for result in results])
 
 
-def _intervals(tables: Sequence[np.ndarray], cases: np.ndarray, resamples: int, seed: int) -> dict[str, Interval]:
-    """Of those measures that have a value. Which tiles are named right is settled before cases are drawn; the others
-    are of whole tables, and a case that is drawn twice would agree with itself."""
-    found: dict[str, Interval] = {}
-    if len(cases) > 1:
-        hits = np.mean([named(one) for one in tables], 0)
-        found["named"] = over_cases(share, hits, cases, resamples=resamples, seed=seed)
-    flat = np.concatenate([one.reshape(len(cases), -1) for one in tables], 1).astype(np.float64)
+def compare(arms: Mapping[str, Sequence[Agreement]], pairs: Sequence[tuple[str, str]]) -> list[Difference]:
+    """Paired differences of ari, several results an arm being seeds; Holm over all pairs. ValueError where there is no
+    interval to be had."""
+    values = {name: _left_out("ari", [result.tables for result in results]) for name, results in arms.items()}
+    found = [statistics.jackknife(values[a][0] - values[b][0], values[a][1:] - values[b][1:]) for a, b in pairs]
+    if not all(np.isfinite(p) for _, p in found):
+        raise ValueError("an interval needs at least 2 cases, and 2 classes among their tiles")
+    corrected = statistics.holm([p for _, p in found])
+    return [Difference(a, b, i, p, float(q)) for (a, b), (i, p), q in zip(pairs, found, corrected, strict=True)]
 
-    def of(measure: str) -> Metric:
-        def mean(_: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-            each = np.split(weights @ rows, np.cumsum([one[0].size for one in tables])[:-1], axis=1)
-            shapes = [one.shape[1:] for one in tables]
-            return np.mean([MEASURES[measure](t.reshape(-1, *s)) for t, s in zip(each, shapes, strict=True)], 0)
 
-        return mean
-
-    found |= {name: leaving_out(of(name), flat, cases, least=LEAST[name]) for name in MEASURES}
+def _intervals(tables: Sequence[np.ndarray]) -> dict[str, Interval]:
+    """Of those measures that have a value."""
+    found = {}
+    for name, (_, least) in MEASURES.items():
+        value, *knife = _left_out(name, tables)
+        found[name], _ = statistics.jackknife(float(value), np.array(knife), least=least, most=1.0)
     return {name: interval for name, interval in found.items() if np.isfinite(interval.value)}
 
 
-def as_result(found: Agreement) -> Result:
-    """A row a case, for comparisons of arms by results.compare with `share`."""
-    rows = np.arange(len(found.cases))
-    return Result(
-        found.task, found.metrics, named(found.tables), np.zeros(len(rows)), found.cases, rows, {}, found.mode
-    )
+def _left_out(name: str, tables: Sequence[np.ndarray]) -> np.ndarray:
+    """[1 + cases]: the mean over seeds of a measure of all cases, and without each of them."""
+    every = [np.concatenate([one.sum(0)[None], one.sum(0) - one]) for one in tables]
+    return np.mean([MEASURES[name][0](one.astype(np.float64)) for one in every], 0)
 
 
 def evaluate(
@@ -164,9 +154,10 @@ def evaluate(
     pretrained: Sequence = (),
     transductive: bool = False,
     seed: int = 0,
-    resamples: int = 2000,
+    resamples: int = 0,
 ) -> Agreement:
-    """Clusters of the tiles of a split, found without their classes, beside those."""
+    """Clusters of the tiles of a split, found without their classes, beside those. Nothing is resampled: the argument
+    is there since other evaluators have it."""
     seen = check_overlap(splits, pretrained, transductive=transductive)
     if task.regression:
         raise ValueError(f"task {task.name!r}: clusters are compared with classes; give a threshold")
@@ -175,23 +166,9 @@ def evaluate(
     rows = np.flatnonzero(split_rows(columns, splits, known)[split])
     found = find(features[rows], k, seed=seed)
     cases = np.asarray(columns["case"])[rows]
-    result = agreement(found.assignment, target[rows], cases, k, task=task.name, resamples=resamples, seed=seed)
+    result = agreement(found.assignment, target[rows], cases, k, task=task.name)
     mode = "transductive" if seen else "inductive"
     return replace(result, mode=mode, notes=seen + found.notes + result.notes)
-
-
-def named(tables: np.ndarray) -> np.ndarray:
-    """Of tables [cases, k, classes]: float64 [cases, 2], tiles whose class is the commonest of their cluster in the
-    other cases, and tiles. A cluster that no other case has is of no class."""
-    others = tables.sum(0) - tables
-    name, known = others.argmax(2), others.sum(2) > 0
-    right = np.take_along_axis(tables, name[..., None], 2)[..., 0] * known
-    return np.stack([right.sum(1), tables.sum((1, 2))], 1).astype(np.float64)
-
-
-def share(_: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    right, every = (weights @ rows).T
-    return _over(right, every)
 
 
 def purity(table: np.ndarray) -> np.ndarray:
@@ -212,9 +189,7 @@ def ari(table: np.ndarray) -> np.ndarray:
     return _over(both - expected, (rows + columns) / 2 - expected)
 
 
-MEASURES = {"purity": purity, "nmi": nmi, "ari": ari}
-LEAST = {"purity": 0.0, "nmi": 0.0, "ari": -1.0}
-WHY_NONE = {"named": "there is one case only"} | dict.fromkeys(("nmi", "ari"), "there is one class only")
+MEASURES = {"ari": (ari, -1.0), "purity": (purity, 0.0), "nmi": (nmi, 0.0)}  # and the least that they can be
 
 
 def _entropy(share: np.ndarray) -> np.ndarray:

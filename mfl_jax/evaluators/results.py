@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 from mfl_jax import statistics
 from mfl_jax.statistics import Difference, Interval, Metric
@@ -174,25 +173,6 @@ def over_cases(
         if np.isfinite(drawn).sum() >= max(2, len(drawn) / 2):
             return statistics.interval(value, drawn, knife, level=level, method="bca", cases=len(names))
     return _without(value, cases)
-
-
-def leaving_out(
-    function: Metric, table: np.ndarray, cases: np.ndarray, *, least: float = 0.0, level: float = 0.95
-) -> Interval:
-    """As over_cases, by leaving out one case at a time: for metrics that a tile which is drawn twice would raise, as it
-    always agrees with itself. They lie between `least` and 1."""
-    names, code = np.unique(np.asarray(cases), return_inverse=True)
-    none = np.zeros(len(table))
-    value = float(function(none, table, np.ones((1, len(table))))[0])
-    if len(names) < 2 or not math.isfinite(value):
-        return _without(value, cases)
-    knife = statistics.resampled(function, none, table[None], code, 1 - np.eye(len(names)))
-    knife = knife[np.isfinite(knife)]
-    if len(knife) < max(2, len(names) / 2):
-        return _without(value, cases)
-    error = math.sqrt((len(knife) - 1) / len(knife) * np.sum((knife - knife.mean()) ** 2))
-    reach = error * float(special.stdtrit(len(knife) - 1, (1 + level) / 2))
-    return Interval(value, max(value - reach, least), min(value + reach, 1.0), level, "jackknife", len(names), 0, 0)
 
 
 def value_metrics(

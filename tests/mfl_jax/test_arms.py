@@ -206,7 +206,9 @@ def test_the_command_writes_a_record_a_report_and_a_table(runs, root, tmp_path, 
 def test_rare_tiles_alone_ask_for_their_like(runs, root, tmp_path):
     arguments = ["eval", str(runs / "a"), "--tileset", str(root), "--out", str(tmp_path), "--task", "retrieval"]
     assert cli.main([*arguments, "--asking", "1", "--resamples", "30", "--batch", "32"]) == 0
-    metrics = json.loads((tmp_path / "results.json").read_text())["arms"][0]["metrics"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["tasks"][0]["title"] == "label, found in other cases, asked by class 1 alone"
+    metrics = results["arms"][0]["metrics"]
     assert "label/retrieval/map" in metrics
     assert not [key for key in metrics if "positive" in key]
 
@@ -250,6 +252,7 @@ def test_a_projection_is_coloured_by_the_classes_that_are_asked_for():
         (["--task", "saliency", "--truth", "ihc"], "no truth can be had of 'ihc'; the tile set has no picture"),
         (["--baselines", "colours"], "no baseline colours; there are random, colour"),
         (["--asking", "1"], "--asking goes with --task retrieval"),
+        (["--asking", "7", "--task", "retrieval"], "class 7 is to ask, and no test tile is of it; there are {0, 1}"),
         (["--feature", "hee"], "gives no features 'hee'; it gives he"),
         (["--tileset", "nowhere"], "nowhere"),
     ],

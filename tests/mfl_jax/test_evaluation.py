@@ -216,21 +216,24 @@ def test_clusters_are_those_of_their_evaluator_and_compared_pair_by_pair(made):
     means = {}
     for arm, row in zip(given, found["arms"], strict=True):
         each = [clusters.evaluate(s.features, made["columns"], made["splits"], TASK, resamples=0) for s in arm.seeds]
-        for name in ("named", *clusters.MEASURES):
+        for name in clusters.MEASURES:
             key, values = f"label/clusters/{name}", [one.metrics[name].value for one in each]
             assert [seed["metrics"][key] for seed in row["seeds"]] == values
             interval = row["metrics"][key]
             assert interval["mean"] == pytest.approx(np.mean(values), abs=1e-12)
             assert interval["low"] <= interval["mean"] <= interval["high"]
-        means[arm.name] = row["metrics"]["label/clusters/named"]["mean"]
+        means[arm.name] = row["metrics"]["label/clusters/ari"]["mean"]
     (d,) = found["differences"]
-    assert (d["metric"], d["difference"]) == ("label/clusters/named", pytest.approx(means[d["a"]] - means[d["b"]]))
+    assert (d["metric"], d["difference"]) == ("label/clusters/ari", pytest.approx(means[d["a"]] - means[d["b"]]))
     assert d["low"] < d["difference"] < d["high"]
 
 
 def test_few_tiles_and_one_case_are_said_and_stop_nothing(made):
     first = np.flatnonzero(made["columns"]["case"] == "case08")
-    for kept, note in ((first, "named has no value: there is one case only"), (first[:6], "6 test tiles have a class")):
+    for kept, note in (
+        (first, "no differences of label/clusters/ari: an interval needs at least 2 cases"),
+        (first[:6], "6 test tiles have a class"),
+    ):
         rows = np.concatenate([np.flatnonzero(np.isin(made["columns"]["case"], made["splits"]["train"])), kept])
         columns = {name: values[rows] for name, values in made["columns"].items()}
         seeds = [Seed(0, made["features"][rows]), Seed(1, made["features"][rows] ** 3)]

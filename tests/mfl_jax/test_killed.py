@@ -126,16 +126,17 @@ def test_told_to_stop_while_it_compiles_it_exits_well(tmp_path):
 
 
 def test_killed_at_any_instant_the_same_command_goes_on(uninterrupted, tmp_path):
-    """Half of them while it trains and saves, half while it starts, restores or compiles, which takes what the first
-    takes."""
-    draw, start_up = random.Random(0), 0.0
+    """Half of them while it trains and saves, half while it starts, restores or compiles: within 4 s, or as soon as it
+    has made its next step."""
+    draw = random.Random(0)
     for kill in range(KILLS):
-        began = time.time()
+        before, until = lines(tmp_path), time.time() + draw.uniform(0, 4)
         with running(tmp_path, 1) as processes:
-            if kill % 2 == 0:
-                reached(tmp_path, lines(tmp_path) + draw.randint(1, 4))
-                start_up = start_up or time.time() - began
-            time.sleep(draw.uniform(0, start_up if kill % 2 else 0.2))
+            if kill % 2:
+                reached(tmp_path, before + draw.randint(1, 4))
+                time.sleep(draw.uniform(0, 0.2))
+            while kill % 2 == 0 and time.time() < until and lines(tmp_path) <= before:
+                time.sleep(0.01)
             assert processes[0].poll() is None, "it ended before it could be killed"
         if (tmp_path / "metrics.jsonl").exists():
             metrics.read(tmp_path / "metrics.jsonl")

@@ -108,7 +108,7 @@ def test_hits_are_written_as_a_table_and_a_picture(tmp_path):
 
 def test_kinds_are_sorted_named_and_mapped(tmp_path):
     tiles = made()
-    result = sort.sort(tiles, 3, Task("kind", "kind"), resamples=50)
+    result = sort.sort(tiles, 3, Task("kind", "kind"))
     assert result.agreement.metrics["ari"].value == 1
     assert sorted(result.names) == [f"{i}: 32 tiles, 100% kind {k}" for i, k in enumerate(_kinds(tiles, result))]
     written = {path.name for path in sort.save(tmp_path, tiles, result)}
@@ -127,7 +127,7 @@ def test_kinds_are_sorted_named_and_mapped(tmp_path):
     assert said["agreement"]["metrics"]["purity"]["value"] == 1
     assert said["agreement"]["unknown"] == 0
     tiles.columns["kind"][:10] = -1
-    some = sort.sort(tiles, 3, Task("kind", "kind"), resamples=50)
+    some = sort.sort(tiles, 3, Task("kind", "kind"))
     assert (some.unknown, some.agreement.table.sum()) == (10, 86)
     drawn = pixels(tmp_path / "map_c2-1.png")
     for i in np.flatnonzero(tiles.columns["slide"] == "c2-1"):
@@ -143,21 +143,21 @@ def test_kinds_are_sorted_named_and_mapped(tmp_path):
 
 def test_agreement_is_of_cases_that_the_encoder_was_not_trained_on():
     tiles, task = made(), Task("kind", "kind")
-    unknown = sort.sort(tiles, 3, task, resamples=50)
+    unknown = sort.sort(tiles, 3, task)
     assert unknown.notes == ("which cases the encoder was trained on is not known: some may be among these",)
     tiles.columns["kind"][24:30] = -1
     wrong = dataclasses.replace(tiles, columns=tiles.columns | {"kind": tiles.columns["kind"].copy()}, trained=("c0",))
     wrong.columns["kind"][:24] = 0  # what the case trained on is called must not matter
-    found = sort.sort(wrong, 3, task, resamples=50)
+    found = sort.sort(wrong, 3, task)
     assert found.found.sizes.sum() == 96
     assert (found.agreement.table.sum(), found.unknown, found.agreement.metrics["purity"].value) == (66, 6, 1)
     assert found.notes == ("1 of 4 cases with a class are left out: the encoder was trained on them",)
     assert sort.document(found)["notes"] == [*found.notes]
-    none = sort.sort(dataclasses.replace(tiles, trained=("c0", "c1", "c2", "c3", "c4")), 3, task, resamples=50)
+    none = sort.sort(dataclasses.replace(tiles, trained=("c0", "c1", "c2", "c3", "c4")), 3, task)
     assert none.agreement is None
     assert none.names == unknown_names(none)
     assert none.notes == ("no figure of agreement: the encoder was trained on all 4 cases with a class",)
-    other = sort.sort(dataclasses.replace(tiles, trained=("c10",)), 3, task, resamples=50)
+    other = sort.sort(dataclasses.replace(tiles, trained=("c10",)), 3, task)
     assert (other.agreement.table.sum(), other.notes) == (90, ())
 
 
@@ -168,7 +168,7 @@ def unknown_names(result):
 def test_a_collapsed_encoder_gives_one_cluster_and_its_pictures(tmp_path):
     tiles = made()
     same = corpus.Corpus(np.ones_like(tiles.features), tiles.columns, tiles.pictures, tiles.classes)
-    result = sort.sort(same, 3, Task("kind", "kind"), resamples=50)
+    result = sort.sort(same, 3, Task("kind", "kind"))
     assert result.found.sizes.tolist() == [96, 0, 0]
     written = {path.name for path in sort.save(tmp_path, same, result)}
     assert "cluster_00.png" in written

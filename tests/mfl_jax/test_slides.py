@@ -333,3 +333,20 @@ class Deadly:
 
     def read(self, start, stop, out):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "names", "text"),
+    [
+        ("label", [1, 1], ("no", "yes"), "yes"),
+        ("label", [-1, -1], ("no", "yes"), ""),
+        ("label", [0, 1], ("no", "yes"), ""),
+        ("label", [2], (), ""),
+        ("label_stain", [0.0, 0.0], ("a", "b"), "a"),
+        ("label_age", [-1.5, -1.5], (), "-1.5"),
+        ("label_day", [20240115.0], (), "20240115"),
+        ("label_age", [np.nan], (), ""),
+    ],
+)
+def test_labels_of_a_slide_are_those_of_its_tiles(column, values, names, text):
+    assert slides._label(column, np.array(values), names) == text
