@@ -204,7 +204,7 @@ class Interval:
     degenerate: int  # resamples left out: a class was missing
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}" + (f" [{self.low:.3f}, {self.high:.3f}]" if math.isfinite(self.low) else "")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ COLOURS = (
 )
 MARKS = ("", "dot", "bar", "post")
 MOST = len(COLOURS) * len(MARKS)  # classes that can be told apart
-LONGEST, LEAST, LARGEST = 1000, 4, 24  # px: of a slide's longer side, and of a cell
+LONGEST, LEAST, LARGEST, SEEN = 1000, 4, 24, 64  # px: of a slide's longer side, and of a cell; where tissue is seen
 EDGE, LINE, FONT, KEY = 12, 24, 15, 18
 PAPER, INK, NOTHING = (255, 255, 255), (34, 34, 34), (238, 238, 238)
 COVER, BLOCK = 0.55, 256  # of a colour over the slide; tiles that are read at a time
@@ -51,7 +51,7 @@ def of_slide(path: Path, mpp: float | None = None, unit: str = "px") -> Backdrop
 def of_tiles(corners: np.ndarray, side: float, pictures: Callable[[Sequence[int]], list]) -> Backdrop:
     """From its tiles, each made as small as a cell of the map; `pictures` gives those of some rows of `corners`."""
     low, high = corners.min(0), corners.max(0)
-    cell = _cell_px(((high - low) / side).max() + 1)
+    cell = _cell_px(((high - low) / side).max() + 1, largest=SEEN)
     wide, tall = (int(np.ceil(e * cell)) for e in (high - low) / side + 1)
     canvas = Image.new("RGB", (wide, tall), PAPER)
     for start in range(0, len(corners), BLOCK):
@@ -63,8 +63,8 @@ def of_tiles(corners: np.ndarray, side: float, pictures: Callable[[Sequence[int]
     return Backdrop(np.asarray(canvas), (float(low[0]), float(low[1])), cell / side)
 
 
-def _cell_px(across: float, least: int = LEAST) -> int:
-    return int(np.clip(LONGEST / across, least, LARGEST))
+def _cell_px(across: float, least: int = LEAST, largest: int = LARGEST) -> int:
+    return int(np.clip(LONGEST / across, least, largest))
 
 
 def class_map(
@@ -85,7 +85,7 @@ def class_map(
         low, extent = corners.min(0), np.ptp(corners, axis=0) / side + 1
     else:
         low, extent = np.array(under.origin), np.array(under.image.shape[1::-1]) / under.scale / side
-    cell = _cell_px(extent.max(), 8 if len(names) > len(COLOURS) else LEAST)
+    cell = _cell_px(extent.max(), 8 if len(names) > len(COLOURS) else LEAST, LARGEST if under is None else SEEN)
     wide, tall = (int(np.ceil(e * cell)) for e in extent)
     drawn, cover = Image.new("RGB", (wide, tall), NOTHING), Image.new("L", (wide, tall))
     pen, mask = ImageDraw.Draw(drawn), ImageDraw.Draw(cover)

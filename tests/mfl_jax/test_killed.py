@@ -14,7 +14,7 @@ from mfl_jax import metrics
 from tests.mfl_jax import processes as processes_of
 
 pytestmark = pytest.mark.slow
-STEPS, STOPS, KILLS = 400, 20, 50
+STEPS, STOPS, KILLS = 1000, 20, 50  # a stop takes 20 steps to be heard
 RUN = """
 import hashlib, os, sys, time
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.mfl_jax import synthetic, toy
 methods.METHODS["toy"] = toy.make
 preempt.initialize()
 import jax
-config = toy.config(steps=400, every=5)
+config = toy.config(steps=1000, every=5)
 def slow(step, batch):
     time.sleep(.03)
     return batch

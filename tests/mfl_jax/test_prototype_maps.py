@@ -75,7 +75,7 @@ def test_a_map_of_a_slide_that_is_at_hand_has_it_beside_and_below(tmp_path):
     prototype_maps.save(tmp_path, made(), slides={"a": tmp_path / "a.tif"})
     with Image.open(tmp_path / "map_a.png") as alone, Image.open(tmp_path / "map_b.png") as without:
         over, bare = np.asarray(alone), np.asarray(without)
-    cell, top = 24, 36  # px: a region of 10 in the map; above it the title
+    cell, top = 64, 36  # px: a region of 10 in the map; above it the title
     left = 12 + 6 * cell + 12  # of the second picture
     there = left + int(1.0 * cell), top + int(3.5 * cell)  # the middle of the first region
     mixed = 0.45 * 90 + 0.55 * np.array(COLOURS[0])

@@ -196,8 +196,8 @@ def test_a_map_over_a_slide_is_the_slide_and_beside_it_the_colours_over_it(tmp_p
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="rgb", resolution=(20_000, 20_000), resolutionunit=3)
     corners = np.array([[10.0, 10], [40, 10]])
     drawn = class_map(corners, 10.0, np.array([1, -1]), ["x", "y"], under=maps.of_slide(tmp_path / "a.tif"))
-    at = lambda x, y: drawn[12 + round(2.4 * y), 12 + round(2.4 * x)].tolist()  # noqa: E731
-    right = 60 + 12 / 2.4
+    at = lambda x, y: drawn[12 + round(6.4 * y), 12 + round(6.4 * x)].tolist()  # noqa: E731
+    right = 60 + 12 / 6.4
     mixed = (0.45 * 100 + 0.55 * np.array(COLOURS[1])).round()
     assert at(15, 15) == at(45, 15) == at(right + 45, 15) == at(right + 5, 5) == [100] * 3
     assert np.abs(np.array(at(right + 15, 15)) - mixed).max() <= 1
