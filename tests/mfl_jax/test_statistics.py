@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from mfl_jax import statistics as st
 from mfl_jax.statistics import METRICS, bootstrap, compare, holm, measure
@@ -273,3 +274,16 @@ def test_the_auc_of_resampled_cases_is_that_of_their_weighted_examples():
     found = st.resampled(st.auc, labels, scores, code, draws)
     assert np.isnan(found[-1])
     np.testing.assert_array_equal(found, expected)
+
+
+def test_leaving_out_cases_gives_the_mean_its_interval_and_its_p_by_students_t():
+    x = np.random.default_rng(0).normal(0.3, 1, 12)
+    found, p = st.jackknife(x.mean(), (x.sum() - x) / 11)
+    known = stats.ttest_1samp(x, 0.0)
+    assert (found.low, found.high) == pytest.approx(tuple(known.confidence_interval(0.95)))
+    assert p == pytest.approx(known.pvalue)
+    bounded, _ = st.jackknife(1.0 + 1e-15, np.array([0.9, 1.0, 1.0]), least=0.0, most=1.0)
+    assert 0 <= bounded.low < bounded.value == bounded.high == 1
+    alone, p = st.jackknife(0.5, np.array([np.nan]))
+    assert (alone.value, str(alone)) == (0.5, "0.500")
+    assert np.isnan([alone.low, alone.high, p]).all()
