@@ -30,7 +30,7 @@ class Corpus:
     pictures: Pictures
     classes: dict[str, tuple[str, ...]]  # of columns that hold classes by number
     trained: tuple[str, ...] | None = None  # cases that the encoder was trained on; None where nothing says
-    backdrop: Callable[[str], "Backdrop | None"] = lambda slide: None  # a picture of a slide, to draw over
+    backdrop: Callable[[np.ndarray], "Backdrop | None"] = lambda rows: None  # of the rows of a slide, to draw over
 
     def __len__(self) -> int:
         return len(self.features)
@@ -78,10 +78,9 @@ def of_tileset(run: Path, tileset: Path, *, batch: int = 256, split: str | None 
             he = list(Axes.of(grids).colours(grids))
         return he
 
-    def backdrop(slide: str) -> "Backdrop | None":
+    def backdrop(rows: np.ndarray) -> "Backdrop | None":
         if tiles.spec.he_kind == "grid":  # colours of features are not those of another picture of them
             return None
-        rows = np.flatnonzero(columns["slide"].astype(str) == slide)
         corners, side = places(columns, rows)
         return maps.of_tiles(corners, side, lambda some: pictures(rows[np.asarray(some)].tolist()))
 
@@ -147,9 +146,9 @@ def of_folder(folder: Path, slides: Path | None = None, *, mpp: float | None = N
         columns["unit"] = np.where(unit, "um", "px")
     files = {name: of.he for name, of in known.items()}
 
-    def backdrop(slide: str) -> "Backdrop | None":
-        in_um = "unit" in columns and "um" in columns["unit"][columns["slide"] == slide]
-        return maps.of_slide(files[slide], known[slide].mpp, "um" if in_um else "px") if slide in files else None
+    def backdrop(rows: np.ndarray) -> "Backdrop | None":
+        slide, unit = (str(columns[name][rows[0]]) if name in columns else "px" for name in ("slide", "unit"))
+        return maps.of_slide(files[slide], known[slide].mpp, unit) if slide in files else None
 
     every = np.concatenate([features[i] for i in kept])
     return Corpus(every, columns, _of_slides(columns, files), {}, trained_cases(root), backdrop)

@@ -23,8 +23,7 @@ def retrieved(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
         given = (asked.columns, asked.splits, task)
         each = [retrieval.evaluate(run.features, *given, across=asked.across, **asked.of(run)) for run in arm.seeds]
         for number, one in enumerate(each):
-            found.seeds[arm.name][number] |= {f"{prefix}/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
-            findings.note(found, arm, prefix, one.notes)
+            findings.of_seed(found, arm, number, prefix, one.metrics, one.notes)
         chances = each[0].chance
         findings.add(found, arm, prefix, retrieval.over_seeds(each, **asked.drawn()), ())
         results[arm.name] = [retrieval.as_result(one, "map") for one in each]
@@ -53,8 +52,7 @@ def clustered(task: Task, arms: Sequence[ArmRuns], asked: Asked, found: Found) -
         given = (asked.columns, asked.splits, task)
         each = [clusters.evaluate(run.features, *given, **asked.of(run)) for run in arm.seeds]
         for number, one in enumerate(each):
-            found.seeds[arm.name][number] |= {f"{prefix}/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
-            findings.note(found, arm, prefix, one.notes)
+            findings.of_seed(found, arm, number, prefix, one.metrics, one.notes)
         chances = each[0].chance
         findings.add(found, arm, prefix, clusters.over_seeds(each), ())
         results[arm.name] = each
@@ -98,9 +96,7 @@ def of_slides(arms: Sequence[ArmRuns], asked: Asked, found: Found) -> None:
         options: dict[str, Any] = {"linear": asked.slide_probe, **asked.drawn()}
         each = [batch_effect.measure(run.features, asked.columns, **options) for run in arm.seeds]
         for number, one in enumerate(each):
-            findings.note(found, arm, "batch_effect", one.notes)
-            values = {f"batch_effect/{m}": findings.finite(i.value) for m, i in one.metrics.items()}
-            found.seeds[arm.name][number] |= values
+            findings.of_seed(found, arm, number, "batch_effect", one.metrics, one.notes)
             chances |= one.chance
         for name, interval in each[0].metrics.items():
             mean = findings.finite(float(np.mean([one.metrics[name].value for one in each])))

@@ -153,10 +153,7 @@ def _of_task(kind: str, task: Task, arms: Sequence[ArmRuns], asked: Asked, found
             else:
                 result = function(run.features, asked.columns, asked.splits, task, **asked.of(run))
             results.setdefault(arm.name, []).append(result)
-            findings.note(found, arm, prefix, result.notes)
-            found.seeds[arm.name][number] |= {
-                f"{prefix}/{m}": findings.finite(i.value) for m, i in result.metrics.items()
-            }
+            findings.of_seed(found, arm, number, prefix, result.metrics, result.notes)
         findings.add(found, arm, prefix, *findings.over_seeds(results[arm.name], task, asked))
     if not results:
         return

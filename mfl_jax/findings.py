@@ -146,6 +146,14 @@ def add(found: Found, arm: ArmRuns, prefix: str, metrics: Mapping[str, Interval]
     note(found, arm, prefix, notes)
 
 
+def of_seed(
+    found: Found, arm: ArmRuns, number: int, prefix: str, metrics: Mapping[str, Interval], notes: Sequence[str]
+) -> None:
+    """What the seed of that number has by itself."""
+    found.seeds[arm.name][number] |= {f"{prefix}/{name}": finite(interval.value) for name, interval in metrics.items()}
+    note(found, arm, prefix, notes)
+
+
 def note(found: Found, arm: ArmRuns, where: str, notes: Sequence[str]) -> None:
     """Once, though several seeds may say it."""
     found.notes |= {f"{arm.title}, {where}: {note}": None for note in notes}

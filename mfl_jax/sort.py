@@ -71,7 +71,8 @@ def _unseen(corpus: Corpus, known: np.ndarray) -> tuple[np.ndarray, tuple[str, .
 
 def save(folder: Path, corpus: Corpus, result: Sorted) -> list[Path]:
     """clusters.csv and .json; clusters.png and cluster_<n>.png of pictures; map_<slide>.png where places are known."""
-    slides = np.unique(corpus.columns["slide"].astype(str)).tolist()
+    names, of_tile = np.unique(corpus.columns["slide"].astype(str), return_inverse=True)
+    slides = names.tolist()
     if unsafe := [s for s in slides if Path(s).name != s or s.startswith(".")]:
         raise ValueError(f"slide_id {unsafe[0]!r} is not a file's name")
     written = [_table(folder / "clusters.csv", corpus, result), folder / "clusters.json"]
@@ -93,7 +94,8 @@ def save(folder: Path, corpus: Corpus, result: Sorted) -> list[Path]:
             save_picture(folder / name, picture)
             written.append(folder / name)
     with ThreadPoolExecutor(available_cores()) as pool:  # decoding is most of it
-        maps = pool.map(lambda slide: _map(folder, corpus, result, slide), slides)
+        of_slide = np.split(np.argsort(of_tile, kind="stable"), np.cumsum(np.bincount(of_tile))[:-1])
+        maps = pool.map(lambda slide, rows: _map(folder, corpus, result, slide, rows), slides, of_slide)
         return written + [path for path in maps if path]
 
 
@@ -129,13 +131,12 @@ def _table(path: Path, corpus: Corpus, result: Sorted) -> Path:
     return path
 
 
-def _map(folder: Path, corpus: Corpus, result: Sorted, slide: str) -> Path | None:
+def _map(folder: Path, corpus: Corpus, result: Sorted, slide: str, rows: np.ndarray) -> Path | None:
     """None where it is not known where the tiles lie, or how large they are."""
-    rows = np.flatnonzero(corpus.columns["slide"].astype(str) == slide)
     corners, side = places(corpus.columns, rows)
     if not (np.isfinite(corners).all() and side > 0):
         return None
     path = folder / f"map_{slide}.png"
     codes = result.found.assignment[rows]
-    save_picture(path, class_map(corners, side, codes, result.names, slide, corpus.backdrop(slide)))
+    save_picture(path, class_map(corners, side, codes, result.names, slide, corpus.backdrop(rows)))
     return path

@@ -301,6 +301,11 @@ def interval(
     return Interval(value, float(low), float(high), level, method, cases, len(values), len(values) - len(kept))
 
 
+def without(value: float, cases: int) -> Interval:
+    """A value whose interval is not known, which is not the same as a narrow one."""
+    return Interval(value, math.nan, math.nan, math.nan, "none", cases, 0, 0)
+
+
 def jackknife(
     value: float, knife: np.ndarray, *, least: float = -math.inf, most: float = math.inf, level: float = 0.95
 ) -> tuple[Interval, float]:
@@ -309,7 +314,7 @@ def jackknife(
     drawn twice, as it always agrees with itself."""
     kept, value = knife[np.isfinite(knife)], min(max(value, least), most)
     if len(kept) < max(2, len(knife) / 2) or not math.isfinite(value):
-        return Interval(value, math.nan, math.nan, math.nan, "none", len(knife), 0, 0), math.nan
+        return without(value, len(knife)), math.nan
     free = len(kept) - 1
     error = math.sqrt(free / len(kept) * np.sum((kept - kept.mean()) ** 2))
     reach = error * float(special.stdtrit(free, (1 + level) / 2))

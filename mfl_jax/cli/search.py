@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from mfl_jax.corpus import Corpus
 
 
-ONLY_FEATURES = "--slides and --mpp go with --features: a tile set has its pictures and places"
-
-
 def add(commands) -> None:
     for add in (_add_search, _add_clusters, _add_prototypes, _add_attention):
         add(commands)
@@ -36,6 +33,11 @@ def _add_corpus(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch", type=int, default=256)
 
 
+def _check_of_tileset(options: argparse.Namespace) -> None:
+    if options.slides or options.mpp is not None:
+        raise ValueError("--slides and --mpp go with --features: a tile set has its pictures and places")
+
+
 def _corpus(options: argparse.Namespace):
     from mfl_jax import corpus
 
@@ -43,8 +45,7 @@ def _corpus(options: argparse.Namespace):
         if options.workdir or options.tileset or options.split or options.feature:
             raise ValueError("--features takes the place of --run, --tileset, --split and --feature")
         return corpus.of_folder(options.features, options.slides, mpp=options.mpp)
-    if options.slides or options.mpp is not None:
-        raise ValueError(ONLY_FEATURES)
+    _check_of_tileset(options)
     if not (options.workdir and options.tileset):
         raise ValueError("give --run and --tileset, or --features")
     say(f"embedding {options.tileset} with {options.workdir}")
@@ -124,8 +125,7 @@ def _across_modalities(options: argparse.Namespace) -> int:
 
     if options.features or not (options.workdir and options.tileset) or options.feature:
         raise ValueError("--partner goes with --run and --tileset, and takes the projections of training")
-    if options.slides or options.mpp is not None:
-        raise ValueError(ONLY_FEATURES)
+    _check_of_tileset(options)
     asked = options.tile is not None or options.slide is not None
     if asked:
         _check_query(options)

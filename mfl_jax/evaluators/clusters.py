@@ -52,7 +52,6 @@ class Agreement:
     metrics: dict[str, Interval]
     chance: dict[str, float]  # of ari, and of purity: all tiles in one cluster
     tables: np.ndarray  # int64 [cases, k, classes] tiles
-    cases: np.ndarray  # their names, sorted
     mode: str = "inductive"
     notes: tuple[str, ...] = ()
 
@@ -102,14 +101,14 @@ def agreement(
     assignment: np.ndarray, target: np.ndarray, cases: np.ndarray, k: int, *, task: str = "label"
 ) -> Agreement:
     """Of k clusters and classes (both from 0), with intervals over cases, whose tiles keep their clusters."""
-    names, code = np.unique(np.asarray(cases), return_inverse=True)
-    tables = np.zeros((len(names), k, int(target.max()) + 1), np.int64)
+    _, code = np.unique(np.asarray(cases), return_inverse=True)
+    tables = np.zeros((code.max() + 1, k, int(target.max()) + 1), np.int64)
     np.add.at(tables, (code, assignment, target), 1)
     found = _intervals([tables])
     notes = tuple(f"{name} has no value: there is one class only" for name in MEASURES if name not in found)
     table = tables.sum(0)
     chance = {"ari": 0.0, "purity": float(table.sum(0).max() / table.sum())}
-    return Agreement(task, found, chance, tables, names, notes=notes)
+    return Agreement(task, found, chance, tables, notes=notes)
 
 
 def over_seeds(results: Sequence[Agreement]) -> dict[str, Interval]:

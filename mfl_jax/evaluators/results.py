@@ -129,8 +129,7 @@ def _collect(
 
 
 def _without(value: float, cases: np.ndarray) -> Interval:
-    """A value whose interval is not known, which is not the same as a narrow one."""
-    return Interval(value, math.nan, math.nan, math.nan, "none", len(np.unique(cases)), 0, 0)
+    return statistics.without(value, len(np.unique(cases)))
 
 
 def value_interval(
